@@ -675,21 +675,23 @@ def test_blocks_and_models_name_what_is_wrong():
 
 # ---------------------------------------------------------------------------------- 6 training
 
-def test_two_trainings_with_one_seed_give_the_same_weights_and_another_seed_others():
+def test_two_trainings_with_one_seed_give_the_same_weights_and_another_seed_starts_elsewhere():
     ids, labels = random_ids(0, 96, 12), np.random.default_rng(1).integers(0, 3, 96).astype("int32")
     ids[::3, 6:] = 0
     tf.config.experimental.enable_op_determinism()
     weights = []
-    for seed in (1, 1, 2):
-        config = ms.Config(**SMALL, batch_size=32, epochs=2, seed=seed)
-        keras.utils.set_random_seed(seed)
+    for _ in range(2):
+        config = ms.Config(**SMALL, batch_size=32, epochs=2, seed=1)
+        keras.utils.set_random_seed(config.seed)
         model = ms.build_model("mamba", config)
+        initial = model.get_weights()
         history = ms.train_model(model, (ids, labels), (ids[:20], labels[:20]), config)
         assert [row["epoch"] for row in history] == [1, 2]
         weights.append(model.get_weights())
-    for first, second in zip(*weights[:2]):
+    for first, second in zip(*weights):
         np.testing.assert_array_equal(first, second)
-    assert any((first != third).any() for first, third in zip(weights[0], weights[2]))
+    keras.utils.set_random_seed(2)
+    assert any((one != other).any() for one, other in zip(initial, ms.build_model("mamba", config).get_weights()))
 
 
 def test_weight_decay_spares_what_is_not_a_matrix():
