@@ -118,7 +118,6 @@ import socket
 import statistics
 import subprocess
 import time
-import warnings
 import zipfile
 
 
@@ -375,7 +374,7 @@ def clean_and_split(texts, labels, seed=0):
 
 def load_tokenizer(spec, data_dir=None, training_texts=()):
     """A `BertTokenizer`; `spec`: bert-base-uncased, train, a folder or a vocab.txt. UserError where there is none."""
-    with _quiet(), warnings.catch_warnings(action="ignore"):
+    with _quiet():
         from transformers import BertTokenizer
     path, why = pathlib.Path(spec), ""
 
@@ -437,6 +436,7 @@ def preprocess(data, data_dir, tokenizer="bert-base-uncased", max_length=64):
 
     The folder is written under another name and renamed at the end: it is there whole, or not at all.
     """
+    preprocessed(data, data_dir)
     name, source = find_data(data, data_dir)
     folder, start = data_dir / name, time.perf_counter()
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -444,8 +444,6 @@ def preprocess(data, data_dir, tokenizer="bert-base-uncased", max_length=64):
         print(f"data: {source}\ndata: using the CrowdFlower tweets instead", flush=True)
         name, folder, source = "crowdflower", data_dir / "crowdflower", fetch_crowdflower(data_dir)
     settings = {"source": str(source.resolve()), "max_length": max_length, "tokenizer": str(tokenizer)}
-    if (folder / "meta.json").exists() and (old := read_json(folder / "meta.json"))["source"] != settings["source"]:
-        raise UserError(f"{folder} holds tweets from {old['source']}; rename {source}, or take another --data-dir")
     print(f"data: reading {source}", flush=True)
     splits = clean_and_split(*read_tweets(source))
     tokenizer = load_tokenizer(tokenizer, data_dir, splits["train"].text)
@@ -496,12 +494,19 @@ def _data_name(data):
 
 
 def preprocessed(data, data_dir):
-    """The folder of a data set that has been preprocessed, or None. `auto`: the latest."""
+    """The folder of a data set that has been preprocessed, or None. `auto`: the latest.
+
+    UserError where the folder of that name holds the tweets of another file.
+    """
     done = sorted(data_dir.glob("*/meta.json"), key=lambda meta: meta.stat().st_mtime)
     if data != "auto":
         names = {_data_name(data), data}
         done = [meta for meta in done if meta.parent.name in names]
-    return done[-1].parent if done else None
+    if not done:
+        return None
+    if (path := pathlib.Path(data)).is_file() and (source := read_json(done[-1])["source"]) != str(path.resolve()):
+        raise UserError(f"{done[-1].parent} holds the tweets of {source}; rename {path}, or take another --data-dir")
+    return done[-1].parent
 
 
 def read_tokenized(path, vocab_size):
@@ -1278,8 +1283,7 @@ def load_trained(arguments, folder, name, vocabulary):
     if not path.exists():
         raise UserError(f"{path} does not exist; {again}")
     try:
-        with warnings.catch_warnings(action="ignore"):
-            model = keras.models.load_model(path)
+        model = keras.models.load_model(path)
         config = model.config
     except Exception as error:
         raise UserError(f"{path} does not load ({_one_line(error)}); {again}") from None

@@ -292,6 +292,7 @@ def test_two_files_of_one_name_are_not_mixed_up(tmp_path, capsys):
     assert ms.main(ms.parse_arguments([*map(str, command), str(first)])) == 0
     capsys.readouterr()
     refuses(capsys, [*command, second], first, "rename")
+    refuses(capsys, ["train", "--model", "lstm", "--data-dir", tmp_path / "d", "--run-dir", tmp_path, "--data", second], "rename")
 
 
 class _Files(http.server.SimpleHTTPRequestHandler):
