@@ -594,7 +594,7 @@ def batches(ids, batch_size, generator=None, labels=None):
 # the recurrence itself has to be computed. Three ways follow, each exact:
 #
 #     sequential   the two lines above, step by step; keeps every state, (L, B, D, N)
-#     fused        the same steps in one compiled loop that keeps only the current state; for a CPU
+#     fused        the same steps in one compiled loop over short chunks of one sequence; for a CPU
 #     parallel     all chunks of 16 steps at once, then what each chunk carries to the next; for a GPU
 
 CHUNK = 16   # at most so many steps between the states that the fast paths keep for the gradient
@@ -664,16 +664,16 @@ def _sequential(u, delta, A, B, C, h):
 
 
 # The reference is slow for what it moves, not for what it computes: N times the data of u pass through
-# memory at every step, and again for the gradient. The loops below touch one state only, laid out
-# (B, N, D) so that its rows are long, and write only y. The gradient needs the states again; as in
-# section 3.3.2 they are not kept but computed once more, chunk by chunk, from the states at the borders.
+# memory at every step, and again for the gradient. The two functions below work on a chunk of a few steps,
+# whose states, laid out (N, D), stay in the fastest cache, and only y leaves it. The gradient needs the
+# states again; as in section 3.3.2 they are not kept but computed once more, from those between chunks.
 #
-# Gradient. With g[t] the gradient with respect to h[t] and a[t] = exp(delta[t] A):
+# Gradient. With a[t] = exp(delta[t] A), k[t] = a[t] h[t-1], and g[t] the gradient with respect to h[t]:
 #
 #     g[t]      = C[t] dy[t] + a[t+1] g[t+1]                             backwards, from that of the last state
 #     dC[t]     = sum_D h[t] dy[t]            dB[t] = sum_D g[t] delta[t] u[t]
-#     du[t]     = delta[t] sum_N g[t] B[t]    dA    = sum_t g[t] a[t] h[t-1] delta[t]
-#     ddelta[t] = u[t] sum_N g[t] B[t] + sum_N g[t] a[t] h[t-1] A
+#     du[t]     = delta[t] sum_N g[t] B[t]    dA    = sum_t g[t] k[t] delta[t]
+#     ddelta[t] = u[t] sum_N g[t] B[t] + sum_N g[t] k[t] A
 
 def _size(x, axis):
     """A size of x as a Python int or, where it is not known before the program runs, as a tensor.
@@ -690,68 +690,62 @@ def _repeat(steps, body, *state):
     return tf.while_loop(lambda t, *_: t < steps, step, (0, *state))[1:]
 
 
-def _room(steps, shape, dtype):
-    """Room for one array of `shape` a step."""
-    return tf.TensorArray(dtype, steps, element_shape=shape)
+def _room(steps, like):
+    """Room for one array like `like` at each step."""
+    return tf.TensorArray(like.dtype, steps, element_shape=like.shape)
 
 
-def _scan_steps(A, h, u, delta, B, C):
-    """Some steps of the recurrence: A (N, D), h (B, N, D), u, delta (K, B, D), B, C (K, B, N) -> last h, y (K, B, D)."""
+def _scan_chunk(A, h, u, delta, B, C):
+    """K steps of the recurrence: A (N, D), h (..., N, D), u, delta (K, ..., D), B, C (K, ..., N).
+
+    Returns the last h and y (K, ..., D). The dots stand for sequences side by side, or for nothing.
+    """
     def step(t, h, ys):
-        d = delta[t][:, None, :]
-        h = tf.exp(d * A) * h + (d * u[t][:, None, :]) * B[t][:, :, None]
-        return h, ys.write(t, tf.reduce_sum(h * C[t][:, :, None], 1))
+        d = delta[t][..., None, :]
+        h = tf.exp(d * A) * h + (d * u[t][..., None, :]) * B[t][..., None]
+        return h, ys.write(t, tf.reduce_sum(h * C[t][..., None], -2))
 
     steps = _size(u, 0)
-    h, ys = _repeat(steps, step, h, _room(steps, u.shape[1:], u.dtype))
+    h, ys = _repeat(steps, step, h, _room(steps, u[0]))
     return h, ys.stack()
 
 
-def _scan_steps_gradient(A, h, u, delta, B, C, dy, dA, g):
-    """Backwards through `_scan_steps`: g, the gradient of the last state, becomes that of the first, h.
+def _scan_chunk_gradient(A, h, u, delta, B, C, dy, g):
+    """Backwards through `_scan_chunk`, given the gradients dy of y and g of the last state.
 
-    Returns (dA, g, du, ddelta, dB, dC); dA (B, N, D) is added to and has still to be summed over B.
+    Returns the gradients of h, u, delta, A (..., N, D), B and C; that of A has still to be summed over the dots.
     """
-    steps = _size(u, 0)
+    steps, a, x = _size(u, 0), tf.exp(delta[..., None, :] * A), delta * u
 
-    def forward(t, h, hs):
-        d = delta[t][:, None, :]
-        return tf.exp(d * A) * h + (d * u[t][:, None, :]) * B[t][:, :, None], hs.write(t, h)
+    def forward(t, h, ks):
+        k = a[t] * h
+        return k + x[t][..., None, :] * B[t][..., None], ks.write(t, k)
 
-    last, hs = _repeat(steps, forward, h, _room(steps, h.shape, h.dtype))
-    hs = hs.stack()                                                          # hs[t] is the state before step t
-
-    def backward(i, h, dA, g, du, ddelta, dB, dC):
+    def backward(i, g, gs):
         t = steps - 1 - i
-        d, before = delta[t][:, None, :], hs[t]
-        g += C[t][:, :, None] * dy[t][:, None, :]
-        dC = dC.write(t, tf.einsum("bnd,bd->bn", h, dy[t]))
-        dB = dB.write(t, tf.einsum("bnd,bd->bn", g, delta[t] * u[t]))
-        gB = tf.reduce_sum(g * B[t][:, :, None], 1)
-        g *= tf.exp(d * A)                                                   # now a[t] g[t]
-        du = du.write(t, delta[t] * gB)
-        ddelta = ddelta.write(t, u[t] * gB + tf.reduce_sum(g * before * A, 1))
-        return before, dA + g * before * d, g, du, ddelta, dB, dC
+        g += C[t][..., None] * dy[t][..., None, :]
+        return a[t] * g, gs.write(t, g)
 
-    rooms = [_room(steps, x.shape[1:], x.dtype) for x in (u, delta, B, C)]
-    _, dA, g, *rooms = _repeat(steps, backward, last, dA, g, *rooms)
-    return dA, g, *(room.stack() for room in rooms)
+    k = _repeat(steps, forward, h, _room(steps, h))[1].stack()                           # (K, ..., N, D)
+    dh, gs = _repeat(steps, backward, g, _room(steps, g))
+    g = gs.stack()
+    gB, gk = tf.reduce_sum(g * B[..., None], -2), g * k
+    return (dh, delta * gB, u * gB + tf.reduce_sum(gk * A, -2), tf.reduce_sum(gk * delta[..., None, :], 0),
+            tf.linalg.matvec(g, x), tf.linalg.matvec(k, dy) + B * tf.reduce_sum(x * dy, -1, keepdims=True))
 
 
 def _to_chunks(x):
-    """(B, L, ·) -> (chunks, K, B, ·), K <= CHUNK, filled up with zeros: delta = 0 leaves the state as it is."""
+    """(B, L, ·) -> (B, chunks, K, ·), K <= CHUNK, filled up with zeros: delta = 0 leaves the state as it is."""
     length = _size(x, 1)
     chunks = -(-length // CHUNK)
     steps = -(-length // chunks)                                             # as few too many as can be
     x = tf.pad(x, ((0, 0), (0, chunks * steps - length), (0, 0)))
-    x = tf.reshape(x, (_size(x, 0), chunks, steps, x.shape[2]))
-    return tf.transpose(x, (1, 2, 0, 3))
+    return tf.reshape(x, (_size(x, 0), chunks, steps, x.shape[2]))
 
 
-def _from_chunks(x, length):
-    """(chunks, K, B, ·) -> (B, L, ·)."""
-    x = tf.transpose(x, (2, 0, 1, 3))
-    return tf.reshape(x, (_size(x, 0), -1, x.shape[3]))[:, :length]
+def _from_chunks(x, batch, length):
+    """(B, chunks, K, ·), the first two perhaps as one -> (B, L, ·)."""
+    return tf.reshape(x, (batch, -1, x.shape[-1]))[:, :length]
 
 
 def _compiled(scan):
@@ -762,39 +756,43 @@ def _compiled(scan):
 @_compiled
 @tf.custom_gradient
 def _fused(u, delta, A, B, C, h):
-    """One chunk after the other. Keeps for the gradient the state before each chunk, (L / CHUNK, B, N, D)."""
-    length, rows, h = _size(u, 1), tf.transpose(A), tf.transpose(h, (0, 2, 1))
-    inputs = [_to_chunks(x) for x in (u, delta, B, C)]
-    chunks = _size(inputs[0], 0)
+    """One sequence after the other, one chunk after the other. Keeps for the gradient the state after each chunk."""
+    batch, length, A, h = _size(u, 0), _size(u, 1), tf.transpose(A), tf.transpose(h, (0, 2, 1))
+    chunks = -(-length // CHUNK)
+    lined_up = lambda x: tf.reshape(x, (batch * chunks, *(_size(x, i) for i in range(2, len(x.shape)))))
+    inputs = [lined_up(_to_chunks(x)) for x in (u, delta, B, C)]                          # (B x chunks, K, ·)
 
-    def chunk(i, h, ys, hs):
-        hs = hs.write(i, h)
-        h, y = _scan_steps(rows, h, *(x[i] for x in inputs))
-        return h, ys.write(i, y), hs
+    def chunk(i, state, ends, ys):
+        state = tf.where(i % chunks == 0, h[i // chunks], state)
+        state, y = _scan_chunk(A, state, *(x[i] for x in inputs))
+        return state, ends.write(i, state), ys.write(i, y)
 
-    last, ys, hs = _repeat(chunks, chunk, h, _room(chunks, inputs[0].shape[1:], u.dtype),
-                           _room(chunks, h.shape, h.dtype))
-    hs = hs.stack()
+    _, ends, ys = _repeat(batch * chunks, chunk, tf.zeros_like(A), _room(batch * chunks, A),
+                          _room(batch * chunks, inputs[0][0]))
+    ends = tf.reshape(ends.stack(), (batch, chunks, *A.shape))
 
     def gradient(dy, dlast):
-        dy = _to_chunks(dy)
+        dy, dlast = lined_up(_to_chunks(dy)), tf.transpose(dlast, (0, 2, 1))
+        starts = lined_up(tf.concat([h[:, None], ends[:, :-1]], 1))
 
-        def chunk(i, dA, g, *rooms):
-            i = chunks - 1 - i
-            dA, g, *found = _scan_steps_gradient(rows, hs[i], *(x[i] for x in inputs), dy[i], dA, g)
-            return dA, g, *(room.write(i, x) for room, x in zip(rooms, found))
+        def chunk(i, g, dA, dh, *rooms):
+            i = batch * chunks - 1 - i
+            g = tf.where((i + 1) % chunks == 0, dlast[i // chunks], g)
+            g, du, ddelta, more, dB, dC = _scan_chunk_gradient(A, starts[i], *(x[i] for x in inputs), dy[i], g)
+            return g, dA + more, dh.write(i // chunks, g), *(
+                room.write(i, x) for room, x in zip(rooms, (du, ddelta, dB, dC)))
 
-        rooms = [_room(chunks, x.shape[1:], x.dtype) for x in inputs]
-        dA, g, *rooms = _repeat(chunks, chunk, tf.zeros_like(h), tf.transpose(dlast, (0, 2, 1)), *rooms)
-        du, ddelta, dB, dC = (_from_chunks(room.stack(), length) for room in rooms)
-        return du, ddelta, tf.transpose(tf.reduce_sum(dA, 0)), dB, dC, tf.transpose(g, (0, 2, 1))
+        _, dA, dh, *rooms = _repeat(batch * chunks, chunk, tf.zeros_like(A), tf.zeros_like(A), _room(batch, A),
+                                    *(_room(batch * chunks, x[0]) for x in inputs))
+        du, ddelta, dB, dC = (_from_chunks(room.stack(), batch, length) for room in rooms)
+        return du, ddelta, tf.transpose(dA), dB, dC, tf.transpose(dh.stack(), (0, 2, 1))
 
-    return (_from_chunks(ys.stack(), length), tf.transpose(last, (0, 2, 1))), gradient
+    return (_from_chunks(ys.stack(), batch, length), tf.transpose(ends[:, -1], (0, 2, 1))), gradient
 
 
-# On a GPU every step of a loop is a kernel to launch, and there are L of them. So cut the sequence into
-# chunks, take every chunk as a sequence of its own that starts from zero, and run the same steps on all
-# of them at once: CHUNK steps instead of L. What is missing is linear in the state that comes in:
+# On a GPU every step of a loop is a kernel to launch, and there are L of them. So take every chunk as a
+# sequence of its own that starts from zero, and run the same steps on all of them at once: CHUNK steps
+# instead of L. What is missing is linear in the state that comes in:
 #
 #     h[k] = local h[k] + exp(A S[k]) h_in,      S[k] = delta[1] + ... + delta[k] within the chunk
 #
@@ -803,16 +801,16 @@ def _fused(u, delta, A, B, C, h):
 # nothing is ever divided by it, and sums of numbers of one sign lose no digits.
 
 def _carry(E, h, A):
-    """What chunks carry along axis 0, by doubling: x[c] = exp(A E[c]) x[c-1] + h[c] in log2(chunks) rounds.
+    """What chunks carry along axis 1, by doubling: x[c] = exp(A E[c]) x[c-1] + h[c] in log2(chunks) rounds.
 
-    E (chunks, B, 1, D), h (chunks, B, N, D), A (N, D). After each round x[c] spans twice as many chunks,
+    E (B, chunks, 1, D), h (B, chunks, N, D), A (N, D). After each round x[c] spans twice as many chunks,
     and E[c] is the sum of delta over them (Hillis and Steele 1986).
     """
-    chunks = _size(E, 0)
+    chunks = _size(E, 1)
 
     def double(_, span, E, h):
-        inside = (tf.range(chunks) >= span)[:, None, None, None]
-        earlier = lambda x: tf.where(inside, tf.roll(x, span, 0), 0)
+        inside = (tf.range(chunks) >= span)[:, None, None]
+        earlier = lambda x: tf.where(inside, tf.roll(x, span, 1), 0)
         return 2 * span, E + earlier(E), h + tf.exp(A * E) * earlier(h)
 
     rounds = tf.cast(tf.math.ceil(tf.math.log(tf.cast(chunks, tf.float64)) / math.log(2) - 1e-9), tf.int32)
@@ -822,41 +820,34 @@ def _carry(E, h, A):
 @_compiled
 @tf.custom_gradient
 def _parallel(u, delta, A, B, C, h):
-    """All chunks at once. Keeps for the gradient what the fused path keeps, the state before each chunk.
+    """All chunks at once. Keeps for the gradient what the fused path keeps, the state after each chunk.
 
     The gradient computes the states once more, all chunks at once, so that it does hold (B, L, D, N) numbers
     while it runs; they are gone when it returns, and a GPU is fast because it has them all to work on.
     """
-    length, rows, h = _size(u, 1), tf.transpose(A), tf.transpose(h, (0, 2, 1))
-    chunked = [_to_chunks(x) for x in (u, delta, B, C)]
-    chunks, steps, batch = _size(chunked[0], 0), _size(chunked[0], 1), _size(u, 0)
-    split = lambda x: tf.reshape(x, (chunks, batch, x.shape[1], x.shape[2]))          # (chunks x B, ·, D)
-    merge = lambda x: tf.reshape(x, (-1, x.shape[2], x.shape[3]))
-    flat = lambda x: tf.reshape(tf.transpose(x, (1, 0, 2, 3)), (steps, -1, x.shape[3]))
-    unflat = lambda x: _from_chunks(tf.transpose(tf.reshape(x, (steps, chunks, batch, x.shape[2])), (1, 0, 2, 3)), length)
-    inputs = [flat(x) for x in chunked]                                              # (K, chunks x B, ·)
-    S = tf.cumsum(inputs[1], 0)
-    decay = tf.exp(S[:, :, None, :] * rows)                            # fused into the two sums that read it
-    E = split(S[-1][:, None, :])
+    batch, length, A, h = _size(u, 0), _size(u, 1), tf.transpose(A), tf.transpose(h, (0, 2, 1))[:, None]
+    steps_first = lambda x: tf.transpose(_to_chunks(x), (2, 0, 1, 3))                     # (K, B, chunks, ·)
+    steps_last = lambda x: _from_chunks(tf.transpose(x, (1, 2, 0, 3)), batch, length)
+    inputs = [steps_first(x) for x in (u, delta, B, C)]
+    S = tf.cumsum(inputs[1], 0)[..., None, :]                                             # (K, B, chunks, 1, D)
+    decay, E = tf.exp(S * A), S[-1]                                    # fused into the two sums that read it
 
-    local, y = _scan_steps(rows, tf.zeros_like(decay[0]), *inputs)
-    local = split(local)
-    first = local[:1] + tf.exp(E[:1] * rows) * h
-    ends = _carry(E, tf.concat([first, local[1:]], 0), rows)
-    starts = merge(tf.concat([h[None], ends[:-1]], 0))
-    y += tf.reduce_sum(inputs[3][..., None] * decay * starts, 2)
+    local, y = _scan_chunk(A, tf.zeros_like(decay[0]), *inputs)
+    first = local[:, :1] + tf.exp(E[:, :1] * A) * h
+    ends = _carry(E, tf.concat([first, local[:, 1:]], 1), A)
+    starts = tf.concat([h, ends[:, :-1]], 1)
+    y += tf.reduce_sum(inputs[3][..., None] * decay * starts, -2)
 
     def gradient(dy, dlast):
-        dy, dlast = flat(_to_chunks(dy)), tf.transpose(dlast, (0, 2, 1))
-        local = split(tf.reduce_sum(inputs[3][..., None] * decay * dy[:, :, None, :], 0))
-        last = local[-1:] + tf.exp(E[-1:] * rows) * dlast
-        g = _carry(E[::-1], tf.concat([last, local[:-1][::-1]], 0), rows)[::-1]      # of the states in `starts`
-        g_ends = merge(tf.concat([g[1:], dlast[None]], 0))
-        dA, _, *found = _scan_steps_gradient(rows, starts, *inputs, dy, tf.zeros_like(starts), g_ends)
-        du, ddelta, dB, dC = (unflat(x) for x in found)
-        return du, ddelta, tf.transpose(tf.reduce_sum(dA, 0)), dB, dC, tf.transpose(g[0], (0, 2, 1))
+        dy, dlast = steps_first(dy), tf.transpose(dlast, (0, 2, 1))[:, None]
+        local = tf.reduce_sum(inputs[3][..., None] * decay * dy[..., None, :], 0)
+        last = local[:, -1:] + tf.exp(E[:, -1:] * A) * dlast
+        g = _carry(E[:, ::-1], tf.concat([last, local[:, :-1][:, ::-1]], 1), A)[:, ::-1]  # of the states in `starts`
+        _, du, ddelta, dA, dB, dC = _scan_chunk_gradient(A, starts, *inputs, dy, tf.concat([g[:, 1:], dlast], 1))
+        du, ddelta, dB, dC = (steps_last(x) for x in (du, ddelta, dB, dC))
+        return du, ddelta, tf.transpose(tf.reduce_sum(dA, (0, 1))), dB, dC, tf.transpose(g[:, 0], (0, 2, 1))
 
-    return (unflat(y), tf.transpose(ends[-1], (0, 2, 1))), gradient
+    return (steps_last(y), tf.transpose(ends[:, -1], (0, 2, 1))), gradient
 
 
 # --------------------------------------------------------------------- 5 Four blocks, and the model
