@@ -108,6 +108,7 @@ import csv
 import dataclasses
 import hashlib
 import html
+import itertools
 import json
 import math
 import pathlib
@@ -1031,16 +1032,6 @@ BLOCKS = {"mamba": (MambaBlock,), "ssm": (SSMBlock,), "transformer": (AttentionB
           "lstm": (LSTMBlock,)}
 
 
-class Dropout(keras.layers.Dropout):
-    """Keras's dropout, its random generator named: the one that TensorFlow selects costs XLA 20 times as much."""
-
-    def call(self, x, training=False):
-        if not training:
-            return x
-        seed = tf.cast(self.seed_generator.next(), tf.int32)
-        return tf.nn.experimental.stateless_dropout(x, self.rate, seed, rng_alg="philox")
-
-
 @register
 class TweetClassifier(keras.Model):
     """Embedding, `depth` blocks, mean over the real positions, linear head: ids (B, L) int32 -> logits (B, classes)."""
@@ -1050,7 +1041,6 @@ class TweetClassifier(keras.Model):
         self.block, self.config = block, Config(**config) if isinstance(config, dict) else config
         c = self.config
         self.embedding = keras.layers.Embedding(c.vocab_size, c.width, name="embedding")
-        self.dropout = Dropout(c.dropout)
         self.blocks = [(Block(c, name=f"block_{i}_{j}"), keras.layers.RMSNormalization(name=f"norm_{i}_{j}"))
                        for i in range(c.depth) for j, Block in enumerate(BLOCKS[block])]
         self.norm = keras.layers.RMSNormalization(name="norm")
@@ -1067,14 +1057,24 @@ class TweetClassifier(keras.Model):
         self.head.build((None, self.config.width))
         self.built = True
 
-    def call(self, ids, training=False):
+    def call(self, ids, training=False, seed=None):
+        """`seed` (2,) int32: decides what dropout drops, where `training`; None: drawn at random."""
+        if training and seed is None:
+            seed = tf.random.uniform((2,), maxval=1 << 20, dtype=tf.int32)
+        place = itertools.count()
+
+        def dropout(x):
+            # The generator is named because the one that TensorFlow selects costs XLA on a CPU 20 times as much.
+            return x if not training else tf.nn.experimental.stateless_dropout(
+                x, self.config.dropout, seed + [next(place) << 20, 0], rng_alg="philox")
+
         mask = tf.not_equal(ids, 0)
-        x = self.dropout(self.embedding(ids), training=training)              # (B, L, width)
+        x = dropout(self.embedding(ids))                                      # (B, L, width)
         for block, norm in self.blocks:
-            x += self.dropout(block(norm(x), mask=mask), training=training)
+            x += dropout(block(norm(x), mask=mask))
         real = tf.cast(mask, x.dtype)[:, :, None]
         x = tf.reduce_sum(self.norm(x) * real, 1) / tf.maximum(tf.reduce_sum(real, 1), 1)
-        return self.head(self.dropout(x, training=training))
+        return self.head(dropout(x))
 
     @tf.function(jit_compile=True, autograph=False)
     def logits(self, ids):
@@ -1118,33 +1118,60 @@ def make_optimizer(model, config, steps):
     return optimizer
 
 
+def training_step(model, optimizer, config):
+    """-> step(rows, ids, labels, number): one step of `optimizer`, as `batches` gives its arguments.
+
+    `number` of the step decides with `config.seed` what dropout drops. The step returns (3,) float32: the
+    sums of the losses and of the right answers over the tweets that count, and how many these are.
+    """
+    variables = model.trainable_variables
+
+    @_compiled
+    def gradients(ids, labels, counts, seed):
+        with tf.GradientTape() as tape:
+            logits = model(ids, training=True, seed=seed)
+            loss = tf.reduce_sum(counts * tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+        right = tf.cast(tf.equal(tf.argmax(logits, 1, tf.int32), labels), tf.float32)
+        embedded, *others = tape.gradient(loss, variables)
+        return (embedded.values, embedded.indices, others,
+                tf.stack([loss, tf.reduce_sum(right * counts), tf.reduce_sum(counts)]))
+
+    @_compiled
+    def update(embedded, others, sums):
+        others, sums = map(tf.add_n, zip(*others)), tf.add_n(sums)
+        optimizer.apply_gradients([(x / sums[2], variable) for x, variable in zip((embedded, *others), variables)])
+        return sums
+
+    # A loop over time keeps one core busy, whatever XLA does; so each core gets its share of the batch.
+    shares = 1 if tf.config.list_physical_devices("GPU") else math.gcd(config.batch_size, os.cpu_count())
+
+    @tf.function(autograph=False)
+    def step(rows, ids, labels, number):
+        counts = tf.cast(rows >= 0, tf.float32)
+        split = zip(*(tf.split(x, shares) for x in (ids, labels, counts)))
+        values, indices, others, sums = zip(*(
+            gradients(*share, tf.stack([config.seed, number * shares + i])) for i, share in enumerate(split)))
+        # The gradient of the embedding comes as the rows that occur.
+        embedded = tf.math.unsorted_segment_sum(tf.concat(values, 0), tf.concat(indices, 0), config.vocab_size)
+        return update(embedded, others, sums)
+
+    return step
+
+
 def train_model(model, train, val, config, after_epoch=lambda history: None):
     """The one training loop. `train`, `val`: (ids, labels). Leaves the model with the weights of the epoch that
     was best on `val` and returns one dict an epoch; `after_epoch` is given them all, after each."""
     generator = np.random.default_rng(config.seed)
     steps = len(batches(train[0], config.batch_size))
     optimizer = make_optimizer(model, config, steps * config.epochs)
-
-    @tf.function(jit_compile=True, autograph=False)
-    def step(rows, ids, labels):
-        counts = tf.cast(rows >= 0, tf.float32)
-        with tf.GradientTape() as tape:
-            logits = model(ids, training=True)
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-            loss = tf.reduce_sum(losses * counts) / tf.reduce_sum(counts)
-        optimizer.apply_gradients(zip(tape.gradient(loss, model.trainable_variables), model.trainable_variables))
-        right = tf.equal(tf.argmax(logits, 1, tf.int32), labels)
-        return tf.stack([loss * tf.reduce_sum(counts), tf.reduce_sum(tf.cast(right, tf.float32) * counts),
-                         tf.reduce_sum(counts)])
-
-    history, best = [], None
+    step, history, best = training_step(model, optimizer, config), [], None
     for epoch in range(1, config.epochs + 1):
         print(f"epoch {epoch}/{config.epochs}", flush=True)
         bar = keras.utils.Progbar(steps, stateful_metrics=["loss", "accuracy", "tweets/s"], interval=0.5,
                                   verbose=1 if sys.stdout.isatty() else 2)
         start, total = time.perf_counter(), np.zeros(3)
         for i, batch in enumerate(batches(train[0], config.batch_size, generator, train[1]), 1):
-            total += step(*batch).numpy()
+            total += step(*batch, tf.constant((epoch - 1) * steps + i)).numpy()
             loss, accuracy = total[:2] / total[2]
             bar.update(i, [("loss", loss), ("accuracy", accuracy),
                            ("tweets/s", total[2] / (time.perf_counter() - start))])
@@ -1364,11 +1391,13 @@ def predict_command(arguments):
 
 # ------------------------------------------------------------------------------------- 8 Timing
 
-SCAN_SHAPES = ((64, 64, 128, 16), (4, 1024, 128, 16))      # (B, L, D, N): tweets, and as many tokens in long texts
+# (B, L, D, N): as many tokens each time, from many short texts to one long one.
+SCAN_SHAPES = tuple((4096 // length, length, 128, 16) for length in (16, 64, 256, 1024, 4096))
+BATCH_TOKENS = 8192          # of the batches that fill the cores
 
 
-def time_call(call, *arguments, seconds=0.5):
-    """Median, fastest and slowest milliseconds of a compiled call: at least 3, or as many as fit into `seconds`."""
+def time_call(call, *arguments, seconds=0.4):
+    """{"milliseconds": median, "fastest", "slowest"} of a compiled call: at least 3, or as many as fit into `seconds`."""
     for _ in range(2):
         call(*arguments)
     times = []
@@ -1376,7 +1405,7 @@ def time_call(call, *arguments, seconds=0.5):
         start = time.perf_counter()
         tf.nest.map_structure(lambda x: x.numpy(), call(*arguments))
         times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times), min(times), max(times)
+    return {"milliseconds": statistics.median(times), "fastest": min(times), "slowest": max(times)}
 
 
 def machine():
@@ -1412,54 +1441,103 @@ def scan_calls(method):
 def bench_command(arguments):
     folder = pathlib.Path(arguments.run_dir) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"{machine()}; medians of compiled calls\n\ninference, batch 1, milliseconds")
-    print(f"{'length':>7} " + " ".join(f"{name:>12}" for name in arguments.models))
-    latency, config, generator = [], Config(), np.random.default_rng(0)
+    print(f"{machine()}; medians of compiled calls, milliseconds")
+    config, lengths = Config(), sorted(set(arguments.lengths))
     models = {name: build_model(name, config) for name in arguments.models}
-    for length in sorted(set(arguments.lengths)):
-        ids = tf.constant(generator.integers(1, config.vocab_size, (1, length)), tf.int32)
-        for name, model in models.items():
-            median, low, high = time_call(model.logits, ids)
-            latency.append({"model": name, "length": length, "batch": 1, "milliseconds": median,
-                            "fastest": low, "slowest": high, "machine": machine()})
-        print(f"{length:>7} " + " ".join(f"{row['milliseconds']:>12.2f}" for row in latency[-len(models):]), flush=True)
+    tables = {"latency": bench_inference(models, lengths), "training": bench_training(models), "scan": bench_scan()}
+    for name, rows in tables.items():
+        tables[name] = pd.DataFrame(rows).assign(machine=machine())
+        write_whole(folder / f"{name}.csv", lambda path: tables[name].to_csv(path, index=False))
+    draw_latency(folder / "latency.png", tables["latency"][tables["latency"].batch == 1])
+    draw_scan(folder / "scan.png", tables["scan"])
+    print(f"\nwritten: {folder}/latency.csv, latency.png, training.csv, scan.csv, scan.png")
 
-    print(f"\nselective scan, milliseconds\n{'method':<12} {'(B, L, D, N)':<20} {'forward':>9} {'forward+backward':>17}")
-    scans = []
+
+def some_ids(batch, length):
+    return tf.constant(np.random.default_rng(0).integers(1, Config.vocab_size, (batch, length)), tf.int32)
+
+
+def bench_inference(models, lengths):
+    """Rows of the table of inference times: for every length a batch of 1 and one that fills the cores."""
+    rows = []
+    for title, batch_of in (("a batch of 1", lambda length: 1),
+                            (f"a batch of {BATCH_TOKENS:,} tokens", lambda length: max(1, BATCH_TOKENS // length))):
+        print(f"\ninference, {title} (in brackets: microseconds a token)")
+        print(f"{'length':>7} {'batch':>6} " + " ".join(f"{name:>18}" for name in models))
+        for length in lengths:
+            ids = some_ids(batch_of(length), length)
+            for name, model in models.items():
+                rows.append({"model": name, "length": length, "batch": len(ids), **time_call(model.logits, ids)})
+                rows[-1]["microseconds_a_token"] = 1e3 * rows[-1]["milliseconds"] / (len(ids) * length)
+            print(f"{length:>7} {len(ids):>6} " + " ".join(
+                f"{r['milliseconds']:>9.2f} ({r['microseconds_a_token']:6.2f})" for r in rows[-len(models):]), flush=True)
+    return rows
+
+
+def bench_training(models, length=24):
+    """Rows of the table of training steps: a batch of the default size, cut to `length` tokens."""
+    print(f"\ntraining, a batch of {Config.batch_size} tweets of {length} tokens\n{'model':<12} {'ms a step':>9} {'tweets/s':>9}")
+    rows, ids = [], some_ids(Config.batch_size, length)
+    labels, numbers = tf.zeros(len(ids), tf.int32), tf.range(len(ids), dtype=tf.int64)
+    for name, model in models.items():
+        step = training_step(model, make_optimizer(model, model.config, 1000), model.config)
+        rows.append({"model": name, "length": length, "batch": len(ids), **time_call(step, numbers, ids, labels, tf.constant(0))})
+        rows[-1]["tweets_a_second"] = 1e3 * len(ids) / rows[-1]["milliseconds"]
+        print(f"{name:<12} {rows[-1]['milliseconds']:>9.1f} {rows[-1]['tweets_a_second']:>9,.0f}", flush=True)
+    return rows
+
+
+def bench_scan():
+    """Rows of the table of scans: every method, forward and forward with gradient, at every one of SCAN_SHAPES."""
+    print(f"\nselective scan\n{'method':<12} {'(B, L, D, N)':<20} {'forward':>9} {'forward+backward':>17}")
+    rows = []
     for shape in SCAN_SHAPES:
         inputs = scan_inputs(*shape)
         for method in METHODS:
+            if method == "sequential" and shape[1] > 256:    # its gradient, compiled, takes time quadratic in the length
+                continue
             for which, call in scan_calls(method):
-                median, low, high = time_call(call, *inputs)
-                scans.append({"method": method, **dict(zip(("batch", "length", "channels", "state"), shape)), "pass": which,
-                              "milliseconds": median, "fastest": low, "slowest": high, "machine": machine()})
-            print(f"{method:<12} {str(shape):<20} {scans[-2]['milliseconds']:>9.2f} {scans[-1]['milliseconds']:>17.2f}",
-                  flush=True)
-    for name, rows in (("latency", latency), ("scan", scans)):
-        write_whole(folder / f"{name}.csv", lambda path: pd.DataFrame(rows).to_csv(path, index=False))
-    draw_latency(folder / "latency.png", pd.DataFrame(latency))
-    print(f"\nwritten: {folder}/latency.csv, latency.png, scan.csv")
+                rows.append({"method": method, **dict(zip(("batch", "length", "channels", "state"), shape)),
+                             "pass": which, **time_call(call, *inputs)})
+            print(f"{method:<12} {str(shape):<20} {rows[-2]['milliseconds']:>9.2f} {rows[-1]['milliseconds']:>17.2f}", flush=True)
+    return rows
 
 
 def draw_latency(path, rows):
-    """Inference time against sequence length, one line a model, both axes logarithmic."""
+    """Inference time against sequence length, one line a model."""
+    with figure(path, "Inference time against sequence length (batch 1)", rows) as axes:
+        for name, line in rows.groupby("model", sort=False):
+            axes.plot(line.length, line.milliseconds, marker="o", label=name)
+            axes.fill_between(line.length, line.fastest, line.slowest, alpha=0.15)
+
+
+def draw_scan(path, rows):
+    """Time of the scan of as many tokens against their length, one line a method, broken where without gradient."""
+    tokens = rows.batch.iloc[0] * rows.length.iloc[0]
+    with figure(path, f"Selective scan of {tokens:,} tokens, channels {rows.channels.iloc[0]}, state {rows.state.iloc[0]}", rows) as axes:
+        for i, (method, of_method) in enumerate(rows.groupby("method", sort=False)):
+            for which, line in of_method.groupby("pass"):
+                axes.plot(line.length, line.milliseconds, f"C{i}", marker="o", label=f"{method}, {which}",
+                          linestyle="--" if which == "forward" else "-")
+
+
+@contextlib.contextmanager
+def figure(path, title, rows):
+    """A figure of milliseconds against sequence length, both logarithmic, written to `path`."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, line in rows.groupby("model", sort=False):
-        axes.plot(line.length, line.milliseconds, marker="o", label=name)
-        axes.fill_between(line.length, line.fastest, line.slowest, alpha=0.15)
-    axes.set(xscale="log", yscale="log", xlabel="sequence length (tokens)", ylabel="milliseconds a sequence (batch 1)",
-             title="Inference time against sequence length")
+    drawing, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    yield axes
+    axes.set(xscale="log", yscale="log", xlabel="sequence length (tokens)", ylabel="milliseconds", title=title)
     lengths = sorted(rows.length.unique())
     axes.set_xticks(lengths, [str(n) for n in lengths])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.text(0.99, 0.01, rows.machine.iloc[0], ha="right", va="bottom", fontsize=6, color="gray")
-    write_whole(path, lambda partial: figure.savefig(partial, dpi=150))
-    pyplot.close(figure)
+    axes.legend(fontsize=8)
+    drawing.text(0.99, 0.01, rows.machine.iloc[0], ha="right", va="bottom", fontsize=6, color="gray")
+    write_whole(path, lambda partial: drawing.savefig(partial, dpi=150, format="png"))
+    pyplot.close(drawing)
 
 
 def preprocess_command(arguments):

@@ -795,15 +795,20 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(trained, tmp
 
 def test_bench_writes_tables_and_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ms, "SCAN_SHAPES", ((2, 20, 4, 3),))
+    monkeypatch.setattr(ms, "BATCH_TOKENS", 32)
     command = ["bench", "--lengths", "8", "16", "--models", "mamba", "lstm", "--run-dir", str(tmp_path)]
     assert ms.main(ms.parse_arguments(command)) == 0
     assert "(2, 20, 4, 3)" in capsys.readouterr().out
-    latency, scan = pd.read_csv(tmp_path / "bench" / "latency.csv"), pd.read_csv(tmp_path / "bench" / "scan.csv")
-    assert {"model", "length", "batch", "milliseconds"} <= set(latency.columns)
-    assert set(zip(latency.model, latency.length)) == {(m, n) for m in ("mamba", "lstm") for n in (8, 16)}
+    latency, training, scan = (pd.read_csv(tmp_path / "bench" / f"{name}.csv") for name in ("latency", "training", "scan"))
+    assert {"model", "length", "batch", "milliseconds", "machine"} <= set(latency.columns)
+    assert set(zip(latency.model, latency.length, latency.batch)) == {
+        (model, length, batch) for model in ("mamba", "lstm") for length in (8, 16) for batch in (1, 32 // length)}
+    np.testing.assert_allclose(latency.microseconds_a_token, 1e3 * latency.milliseconds / latency.batch / latency.length)
     assert set(scan.method) == set(ms.METHODS) and set(scan["pass"]) == {"forward", "forward+backward"}
-    assert (latency.milliseconds > 0).all() and (scan.milliseconds > 0).all()
-    assert (tmp_path / "bench" / "latency.png").read_bytes()[:4] == b"\x89PNG"
+    assert set(training.model) == {"mamba", "lstm"} and (training.tweets_a_second > 0).all()
+    assert (latency.fastest <= latency.milliseconds).all() and (scan.milliseconds <= scan.slowest).all()
+    for figure in ("latency.png", "scan.png"):
+        assert (tmp_path / "bench" / figure).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_importing_runs_nothing_and_writes_nothing(tmp_path):
