@@ -137,7 +137,7 @@ def trained(tmp_path_factory):
     """A folder in which `train --model all` has run at tiny size, through the command line."""
     folder = tmp_path_factory.mktemp("trained")
     done = run("train", "--model", "all", "--data", tweets_file(folder / "tweets.csv"), "--tokenizer", "train",
-               "--max-length", 16, "--epochs", 8, "--batch-size", 32, cwd=folder)
+               "--max-length", 16, "--epochs", 3, "--batch-size", 32, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done
 
@@ -724,7 +724,7 @@ def test_training_from_the_command_line_learns_and_writes_its_files(trained):
         metrics = json.loads((run_folder / "metrics.json").read_text())
         assert {"accuracy", "macro_f1", "n", "parameters", "train_seconds"} <= metrics.keys()
         assert metrics["data"] == "tweets" and metrics["n"] == 6 and metrics["accuracy"] > 0.8, name
-        assert list(pd.read_csv(run_folder / "history.csv").epoch) == list(range(1, 9))
+        assert list(pd.read_csv(run_folder / "history.csv").epoch) == [1, 2, 3]
         assert (run_folder / "model.keras").exists()
     for split, n in (("train", 588), ("val", 6), ("test", 6)):
         table = pd.read_csv(folder / "data" / "tweets" / f"{split}_tokenized.csv")
@@ -796,13 +796,13 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(trained, tmp
 def test_bench_writes_tables_and_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ms, "SCAN_SHAPES", ((2, 20, 4, 3),))
     monkeypatch.setattr(ms, "BATCH_TOKENS", 32)
-    command = ["bench", "--lengths", "8", "16", "--models", "mamba", "lstm", "--run-dir", str(tmp_path)]
+    command = ["bench", "--lengths", "8", "--models", "mamba", "lstm", "--run-dir", str(tmp_path)]
     assert ms.main(ms.parse_arguments(command)) == 0
     assert "(2, 20, 4, 3)" in capsys.readouterr().out
     latency, training, scan = (pd.read_csv(tmp_path / "bench" / f"{name}.csv") for name in ("latency", "training", "scan"))
     assert {"model", "length", "batch", "milliseconds", "machine"} <= set(latency.columns)
     assert set(zip(latency.model, latency.length, latency.batch)) == {
-        (model, length, batch) for model in ("mamba", "lstm") for length in (8, 16) for batch in (1, 32 // length)}
+        (model, 8, batch) for model in ("mamba", "lstm") for batch in (1, 4)}
     np.testing.assert_allclose(latency.microseconds_a_token, 1e3 * latency.milliseconds / latency.batch / latency.length)
     assert set(scan.method) == set(ms.METHODS) and set(scan["pass"]) == {"forward", "forward+backward"}
     assert set(training.model) == {"mamba", "lstm"} and (training.tweets_a_second > 0).all()
