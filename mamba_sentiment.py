@@ -750,9 +750,9 @@ def _from_chunks(x, batch, length):
     return tf.reshape(x, (batch, -1, x.shape[-1]))[:, :length]
 
 
-def _compiled(scan):
-    """Compile a scan with XLA, which also inlines it where the caller is itself compiled."""
-    return tf.function(scan, jit_compile=True, autograph=False)
+def _compiled(function):
+    """Compile a function with XLA, which also inlines it where the caller is itself compiled."""
+    return tf.function(function, jit_compile=True, autograph=False)
 
 
 @_compiled
@@ -1062,8 +1062,8 @@ class TweetClassifier(keras.Model):
 
     def call(self, ids, training=False, seed=None):
         """`seed` (2,) int32: decides what dropout drops, where `training`; None: drawn at random."""
-        if training and seed is None:
-            seed = tf.random.uniform((2,), maxval=1 << 20, dtype=tf.int32)
+        if training:
+            seed = tf.random.uniform((2,), maxval=1 << 20, dtype=tf.int32) if seed is None else tf.convert_to_tensor(seed)
         place = itertools.count()
 
         def dropout(x):
@@ -1145,8 +1145,8 @@ def training_step(model, optimizer, config):
         optimizer.apply_gradients([(x / sums[2], variable) for x, variable in zip((embedded, *others), variables)])
         return sums
 
-    # A loop over time keeps one core busy, whatever XLA does; so each core gets its share of the batch.
-    shares = 1 if tf.config.list_physical_devices("GPU") else math.gcd(config.batch_size, os.cpu_count())
+    # XLA keeps one core busy with a loop over time; so each core (up to 8) gets its share of the batch.
+    shares = 1 if tf.config.list_physical_devices("GPU") else math.gcd(config.batch_size, min(8, os.cpu_count()))
 
     @tf.function(autograph=False)
     def step(rows, ids, labels, number):
@@ -1154,7 +1154,8 @@ def training_step(model, optimizer, config):
         split = zip(*(tf.split(x, shares) for x in (ids, labels, counts)))
         values, indices, others, sums = zip(*(
             gradients(*share, tf.stack([config.seed, number * shares + i])) for i, share in enumerate(split)))
-        # The gradient of the embedding comes as the rows that occur.
+        # The gradient of the embedding comes as the rows that occur, and is summed here because their number differs
+        # from length to length: `update` is compiled once.
         embedded = tf.math.unsorted_segment_sum(tf.concat(values, 0), tf.concat(indices, 0), config.vocab_size)
         return update(embedded, others, sums)
 

@@ -695,6 +695,32 @@ def test_two_trainings_with_one_seed_give_the_same_weights_and_another_seed_star
     assert any((one != other).any() for one, other in zip(initial, ms.build_model("mamba", config).get_weights()))
 
 
+def test_a_step_shared_among_cores_is_the_step_of_the_whole_batch(monkeypatch):
+    config = ms.Config(**SMALL, batch_size=8, dropout=0.0)
+    rows, labels = np.array([0, 1, 2, 3, 4, 5, -1, -1]), np.arange(8, dtype="int32") % 3
+    sums, weights = [], []
+    for cores in (1, 4):
+        monkeypatch.setattr(ms.os, "cpu_count", lambda: cores)
+        keras.utils.set_random_seed(0)
+        model = ms.build_model("transformer", config)
+        step = ms.training_step(model, ms.make_optimizer(model, config, 10), config)
+        sums.append(step(*map(tf.constant, (rows, random_ids(0, 8, 6), labels, 1))))
+        weights.append(model.get_weights())
+    assert sums[0][2] == 6
+    np.testing.assert_allclose(*sums, rtol=1e-5)
+    for one, shared in zip(*weights):
+        np.testing.assert_allclose(one, shared, atol=1e-4)
+
+
+def test_dropout_is_decided_by_the_seed_and_off_outside_training():
+    model, ids = ms.build_model("lstm", ms.Config(**SMALL, dropout=0.5)), random_ids(0, 4, 6)
+    drop = lambda seed: model(ids, training=True, seed=seed).numpy()
+    np.testing.assert_array_equal(drop((1, 2)), drop((1, 2)))
+    assert (drop((1, 2)) != drop((1, 3))).any() and (drop((1, 2)) != drop((2, 2))).any()
+    assert (drop(None) != drop(None)).any()
+    np.testing.assert_array_equal(model(ids), model(ids))
+
+
 def test_weight_decay_spares_what_is_not_a_matrix():
     for name, spared in (("mamba", {"A_log", "D", "dt_bias", "conv_bias", "scale", "bias"}),
                          ("ssm", {"A_log", "D", "B", "C", "dt_bias", "conv_bias", "scale", "bias"})):
