@@ -1521,7 +1521,7 @@ def draw_latency(path, rows):
 
 
 def draw_scan(path, rows):
-    """Time of the scan of as many tokens against their length, one line a method, broken where without gradient."""
+    """Time of the scan of as many tokens against their length, one line a method, dashed for the forward pass alone."""
     tokens = rows.batch.iloc[0] * rows.length.iloc[0]
     with figure(path, f"Selective scan of {tokens:,} tokens, channels {rows.channels.iloc[0]}, state {rows.state.iloc[0]}", rows) as axes:
         for i, (method, of_method) in enumerate(rows.groupby("method", sort=False)):
