@@ -8,10 +8,11 @@ embedding, one head, one training loop; only the block differs.
     python mamba_sentiment.py train --model mamba    preprocesses by itself where that is still to do
     python mamba_sentiment.py evaluate --model all   accuracy, F1, confusion; where the models disagree
     python mamba_sentiment.py predict "what a day"   label and probabilities
+    python mamba_sentiment.py ablate                 what selection is worth: variants of Mamba, on two tasks
     python mamba_sentiment.py bench                  inference time against sequence length
 
 The file in its order: 1 command line, 2 settings, 3 tweets, 4 the selective scan, 5 the four blocks
-and the model, 6 training, 7 evaluation and prediction, 8 timing.
+and the model, 6 training, 7 evaluation and prediction, 8 studies, 9 timing.
 
 Glossary (the name in the code, the symbol in the paper, the shape):
 
@@ -105,7 +106,7 @@ def parse_arguments(argv=None):
                              "the same on the induction heads task; size: a learning curve; seed: three seeds; search: "
                              "learning rate, dropout, width")
     ablate.add_argument("--limit", type=_whole(1), metavar="N", help="train on N tweets or sequences (default: the study's)")
-    ablate.add_argument("--length", type=_whole(4), default=256, help="tokens of the sequences of induction to train on")
+    ablate.add_argument("--length", type=_whole(4), default=128, help="tokens of the sequences of induction to train on")
     ablate.add_argument("--test-lengths", type=_whole(4), nargs="+", default=[64, 256, 1024, 4096, 16384],
                         help="tokens of the sequences of induction to test with")
 
@@ -178,7 +179,6 @@ class Config:
     heads: int = 4                  # attention heads (transformer)
     pooling: str = "mean"           # what the head reads: the mean over the real positions, or the last of them
     dropout: float = 0.1            # after the embedding, after each block, before the head
-    word_dropout: float = 0.0       # share of the words that are blotted out, their embedding whole, in training
     max_length: int = 64            # tokens a tweet is cut to
     vocab_size: int = 30522         # rows of the embedding; bert-base-uncased has 30522 words
     classes: int = 3                # negative, neutral, positive
@@ -187,8 +187,7 @@ class Config:
     warmup: float = 0.05            # share of all steps over which the learning rate rises from 0
     weight_decay: float = 0.05      # AdamW's, on matrices only (see `train_model`)
     clip_norm: float = 1.0          # largest norm of the gradient over all parameters
-    label_smoothing: float = 0.0    # share of each label spread evenly over the classes
-    averaging: float = 0.0          # momentum of the moving average of the weights that is validated and kept
+    next_word: float = 0.5          # weight of a second loss in training: guessing each next word (`next_word_loss`)
     batch_size: int = 256           # tweets a step
     epochs: int = 3                 # passes over the training tweets; the best on validation is kept
     seed: int = 0                   # of initial weights, order of tweets and dropout
@@ -317,7 +316,7 @@ def read_tweets(path, by=None):
         with _open_text(path, "latin-1") as lines:
             return _parse_tweets(lines, path, None, by)
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file; --data takes auto, sentiment140, crowdflower or a CSV file") from None
+        raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not valid UTF-8 text ({_one_line(error)}); save the file as UTF-8") from None
     except UserError:
@@ -337,7 +336,8 @@ def _parse_tweets(lines, path, label_column, by):
     reader = csv.reader(lines)
     header = [name.strip().lower() for name in next(reader)] if label_column else SIX_COLUMNS
     text_at, label_at = header.index("text"), header.index(label_column or "label")
-    if by and by.lower() not in header:
+    by = by and by.strip().lower()
+    if by and by not in header:
         raise UserError(f"{path} has no column {by}; it has {', '.join(header)}")
     texts, found, groups, line_of = [], [], [] if by else None, {}
     for row in reader:
@@ -350,7 +350,7 @@ def _parse_tweets(lines, path, label_column, by):
         texts.append(row[text_at])
         found.append(label)
         if by:
-            groups.append(row[header.index(by.lower())])
+            groups.append(row[header.index(by)])
     if not texts:
         raise UserError(f"{path} has no tweets in it")
     numbers = ("0", "2", "4") if label_column is None or "4" in line_of else ("0", "1", "2")
@@ -487,7 +487,6 @@ def preprocess(data, data_dir, tokenizer="bert-base-uncased", max_length=64):
         tokenizer.save_pretrained(partial / "tokenizer")
         settings |= {"vocabulary": vocabulary_hash(tokenizer), "vocab_size": len(tokenizer)}
         settings["tweets"] = {split: len(tweets) for split, tweets in splits.items()}
-        settings["classes"] = sorted(splits["train"].label.unique().tolist())
         write_json(partial / "meta.json", settings)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
@@ -539,7 +538,10 @@ def preprocessed(data, data_dir):
 
 
 def read_tokenized(path, vocab_size):
-    """A tokenized CSV -> (ids, labels), int32 (tweets, length) and (tweets,). UserError for anything else in it."""
+    """A tokenized CSV -> (ids, labels), int32 (tweets, length) and (tweets,). UserError where it is none.
+
+    Columns besides the token ids and `label` are passed over.
+    """
     try:
         table = pd.read_csv(path, dtype="int32", usecols=lambda name: name.isdecimal() or name == "label")
     except FileNotFoundError:
@@ -967,7 +969,8 @@ class MambaBlock(Block):
         if "delta" in chosen:
             self.dt_proj = self.add_weight(name="dt_proj", shape=(rank, self.inner), initializer=_uniform(rank))
         self.dt_bias = self.add_weight(name="dt_bias", shape=(self.inner,), initializer=delta_bias, dtype="float32")
-        # For the ablation: what does not depend on the input is learned, and begins as it does in the SSM.
+        # For the ablation: what does not depend on the input is learned. B and C are then vectors that all channels
+        # share, as they share the selected ones; in the SSM below each channel has its own.
         self.fixed = {name: self.add_weight(name=name, shape=(c.state,), initializer=begin)
                       for name, begin in SSM_START.items() if name not in chosen}
 
@@ -1026,7 +1029,7 @@ class SSMBlock(MambaBlock):
 
 @register
 class AttentionBlock(Block):
-    """Self-attention over the real positions, each of which knows its place by sinusoids (Vaswani et al. 2017)."""
+    """Causal self-attention over the real positions, whose places sinusoids tell (Vaswani et al. 2017)."""
 
     def build(self, shape):
         c = self.config
@@ -1036,7 +1039,7 @@ class AttentionBlock(Block):
     def call(self, x, mask=None):
         x, mask = self.check(x, mask)
         where = x + self.positions(_size(x, 1), x.dtype)
-        return self.attention(where, x, where, attention_mask=tf.linalg.matrix_transpose(mask) > 0)
+        return self.attention(where, x, where, attention_mask=tf.linalg.matrix_transpose(mask) > 0, use_causal_mask=True)
 
     def positions(self, length, dtype):
         half = self.config.width // 2
@@ -1081,7 +1084,7 @@ BLOCKS = {"mamba": (MambaBlock,), "ssm": (SSMBlock,), "transformer": (AttentionB
 
 @register
 class TweetClassifier(keras.Model):
-    """Embedding, `depth` blocks, mean over the real positions, linear head: ids (B, L) int32 -> logits (B, classes)."""
+    """Embedding, `depth` blocks, mean over the real positions (or the last), linear head: ids (B, L) -> logits (B, classes)."""
 
     def __init__(self, block, config, **kwargs):
         super().__init__(**kwargs)
@@ -1106,28 +1109,31 @@ class TweetClassifier(keras.Model):
 
     def call(self, ids, training=False, seed=None):
         """`seed` (2,) int32: decides what dropout drops, where `training`; None: drawn at random."""
+        return self.logits_and_states(ids, training, seed)[0]
+
+    def logits_and_states(self, ids, training=False, seed=None):
+        """What `call` returns, and the states that the head reads the mean (or the last) of: (B, L, width)."""
         if training:
             seed = tf.random.uniform((2,), maxval=1 << 20, dtype=tf.int32) if seed is None else tf.convert_to_tensor(seed)
         place = itertools.count()
 
-        def dropout(x, rate=self.config.dropout, shape=None):
+        def dropout(x):
             # The generator is named because the one that TensorFlow selects costs XLA on a CPU 20 times as much.
             return x if not training else tf.nn.experimental.stateless_dropout(
-                x, rate, seed + [next(place) << 20, 0], noise_shape=shape, rng_alg="philox")
+                x, self.config.dropout, seed + [next(place) << 20, 0], rng_alg="philox")
 
         mask = tf.not_equal(ids, 0)
         x = dropout(self.embedding(ids))                                      # (B, L, width)
-        x = dropout(x, self.config.word_dropout, (_size(ids, 0), _size(ids, 1), 1))
         for block, norm in self.blocks:
             x += dropout(block(norm(x), mask=mask))
-        x = self.norm(x)
+        states = self.norm(x)
         if self.config.pooling == "last":
-            last = tf.reduce_max(tf.where(mask, tf.range(_size(x, 1)), 0), 1)
-            x = tf.gather(x, last, batch_dims=1)                              # (B, width)
+            last = tf.reduce_max(tf.where(mask, tf.range(_size(ids, 1)), 0), 1)
+            x = tf.gather(states, last, batch_dims=1)                         # (B, width)
         else:
             real = tf.cast(mask, x.dtype)[:, :, None]
-            x = tf.reduce_sum(x * real, 1) / tf.maximum(tf.reduce_sum(real, 1), 1)
-        return self.head(dropout(x))
+            x = tf.reduce_sum(states * real, 1) / tf.maximum(tf.reduce_sum(real, 1), 1)
+        return self.head(dropout(x)), states
 
     @tf.function(jit_compile=True, autograph=False)
     def logits(self, ids):
@@ -1164,12 +1170,27 @@ def make_optimizer(model, config, steps):
     warmup = max(1, round(config.warmup * steps))
     rate = keras.optimizers.schedules.CosineDecay(0.0, max(1, steps - warmup), warmup_target=config.learning_rate,
                                                   warmup_steps=warmup)
-    optimizer = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay, global_clipnorm=config.clip_norm,
-                                       use_ema=config.averaging > 0, ema_momentum=config.averaging)
+    optimizer = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay, global_clipnorm=config.clip_norm)
     optimizer.exclude_from_weight_decay(var_list=[
         w for w in model.trainable_variables if len(w.shape) < 2 or w.name in ("A_log", "B", "C")])
     optimizer.build(model.trainable_variables)
     return optimizer
+
+
+def next_word_loss(states, ids, others, embeddings):
+    """How badly the states (B, L, width) tell each next word, the mean of each tweet: (B,) float32.
+
+    The cross-entropy of the next word among it and the words `others` (n,), the score of a word being the product
+    of the state with its embedding. Reading for this too, a model learns more from the same tweets (a second
+    objective as in Rei, arXiv 1704.07156). It asks for causal blocks: none may see the next word.
+    """
+    states, words = states[:, :-1], ids[:, 1:]
+    right = tf.reduce_sum(states * tf.gather(embeddings, words), -1, keepdims=True)
+    scores = project(states, tf.transpose(tf.gather(embeddings, others)))                       # (B, L - 1, n)
+    scores = tf.where((others == words[:, :, None]) | (others == 0), -1e9, scores)
+    loss = tf.reduce_logsumexp(tf.concat([right, scores], -1), -1) - right[:, :, 0]
+    real = tf.cast(words != 0, tf.float32)
+    return tf.reduce_sum(loss * real, 1) / tf.maximum(tf.reduce_sum(real, 1), 1)
 
 
 def training_step(model, optimizer, config):
@@ -1181,13 +1202,16 @@ def training_step(model, optimizer, config):
     variables = model.trainable_variables
 
     @_compiled
-    def gradients(ids, labels, counts, seed):
+    def gradients(ids, labels, counts, others, seed):
         with tf.GradientTape() as tape:
-            logits = model(ids, training=True, seed=seed)
-            loss = tf.reduce_sum(counts * keras.losses.categorical_crossentropy(
-                tf.one_hot(labels, config.classes), logits, from_logits=True, label_smoothing=config.label_smoothing))
+            logits, states = model.logits_and_states(ids, training=True, seed=seed)
+            loss = tf.reduce_sum(counts * tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+            total = loss
+            if config.next_word:
+                guesses = next_word_loss(states, ids, others, model.embedding.embeddings)
+                total += config.next_word * tf.reduce_sum(counts * guesses)
         right = tf.cast(tf.equal(tf.argmax(logits, 1, tf.int32), labels), tf.float32)
-        embedded, *others = tape.gradient(loss, variables)
+        embedded, *others = tape.gradient(total, variables)
         return (embedded.values, embedded.indices, others,
                 tf.stack([loss, tf.reduce_sum(right * counts), tf.reduce_sum(counts)]))
 
@@ -1203,9 +1227,11 @@ def training_step(model, optimizer, config):
     @tf.function(autograph=False)
     def step(rows, ids, labels, number):
         counts = tf.cast(rows >= 0, tf.float32)
+        words = tf.reshape(ids[:, 1:], [-1])
+        others = words[::max(1, -(-words.shape[0] // 512))]                   # some 500 words of the batch, as they are spread
         split = zip(*(tf.split(x, shares) for x in (ids, labels, counts)))
         values, indices, others, sums = zip(*(
-            gradients(*share, tf.stack([config.seed, number * shares + i])) for i, share in enumerate(split)))
+            gradients(*share, others, tf.stack([config.seed, number * shares + i])) for i, share in enumerate(split)))
         # The gradient of the embedding comes as the rows that occur, and is summed here because their number differs
         # from length to length: `update` is compiled once.
         embedded = tf.math.unsorted_segment_sum(tf.concat(values, 0), tf.concat(indices, 0), config.vocab_size)
@@ -1220,7 +1246,7 @@ def train_model(model, train, val, config, after_epoch=lambda history: None):
     generator = np.random.default_rng(config.seed)
     steps = len(batches(train[0], config.batch_size))
     optimizer = make_optimizer(model, config, steps * config.epochs)
-    step, history, best = training_step(model, optimizer, config), [], None
+    step, history = training_step(model, optimizer, config), []
     for epoch in range(1, config.epochs + 1):
         print(f"epoch {epoch}/{config.epochs}", flush=True)
         bar = keras.utils.Progbar(steps, stateful_metrics=["loss", "accuracy", "tweets/s"], interval=0.5,
@@ -1231,18 +1257,20 @@ def train_model(model, train, val, config, after_epoch=lambda history: None):
             loss, accuracy = total[:2] / total[2]
             bar.update(i, [("loss", loss), ("accuracy", accuracy),
                            ("tweets/s", total[2] / (time.perf_counter() - start))])
-        weights = model.get_weights()
-        optimizer.finalize_variable_values(model.trainable_variables)        # the averaged ones, where there are any
         predicted = predict_logits(model, val[0]).argmax(1)
         history.append({"epoch": epoch, "loss": loss, "accuracy": accuracy,
                         "val_accuracy": float(np.mean(predicted == val[1])), "seconds": time.perf_counter() - start})
         print(f"validation accuracy {history[-1]['val_accuracy']:.2%}", flush=True)
-        if best is None or history[-1]["val_accuracy"] > best[0]:
-            best = history[-1]["val_accuracy"], model.get_weights()
-        model.set_weights(weights)
+        if best_epoch(history) is history[-1]:
+            weights = model.get_weights()
         after_epoch(history)
-    model.set_weights(best[1])
+    model.set_weights(weights)
     return history
+
+
+def best_epoch(history):
+    """The first epoch that was best on the validation tweets."""
+    return max(history, key=lambda epoch: epoch["val_accuracy"])
 
 
 def train_fresh(name, config, train, val, after_epoch=lambda history: None):
@@ -1283,7 +1311,7 @@ def train_command(arguments):
         parameters, outside = count_parameters(model)
         write_whole(run / "model.keras", model.save)
         write_json(run / "metrics.json", {
-            **scores, "model": name, "data": folder.name, "parameters": parameters, "parameters_outside_embedding": outside,
+            **scores, "model": name, "data": folder.name, "validation": best_epoch(history)["val_accuracy"], "parameters": parameters, "parameters_outside_embedding": outside,
             "train_tweets": len(splits["train"][0]), "train_seconds": seconds, "config": dataclasses.asdict(config)})
         print(f"{name}: test accuracy {show_accuracy(scores)} on {scores['n']:,} tweets of {folder.name}, "
               f"trained in {seconds:.0f} s; saved in {run}\n", flush=True)
@@ -1342,7 +1370,7 @@ def wilson(right, n, z=1.96):
     share = right / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    return [middle - reach, middle + reach]
+    return [max(0.0, middle - reach), min(1.0, middle + reach)]
 
 
 def score(labels, predicted, classes):
@@ -1423,7 +1451,10 @@ def evaluate_command(arguments):
         print(f"not trained yet, left out: {', '.join(name for name in MODELS if name not in trained)}")
     test = pathlib.Path(arguments.test or folder / "test_tokenized.csv")
     ids, labels, groups = read_test(test, folder, meta, arguments.by)
-    known = np.isin(labels, meta.get("classes", range(len(LABELS))))
+    # Every class that was trained on occurs in the validation split too.
+    known = np.isin(labels, read_tokenized(folder / "val_tokenized.csv", meta["vocab_size"])[1])
+    if not known.any():
+        raise UserError(f"no tweet of {test} is of a class that the training tweets had")
     print(f"{len(ids):,} tweets of {test}" + (
         "" if known.all() else f"; {np.sum(~known):,} are of a class that no training tweet had, and counted apart"))
     results, answers = [], {}
@@ -1456,8 +1487,10 @@ def mcnemar(first, second):
     p: the probability of a split at least as uneven, were both as good: exact, two-sided (McNemar 1947).
     """
     alone, other = int(np.sum(first & ~second)), int(np.sum(~first & second))
-    tail = sum(math.comb(alone + other, k) for k in range(min(alone, other) + 1))
-    return alone, other, min(1.0, 2 * tail / 2 ** (alone + other))
+    n, term, tail = alone + other, 1, 0
+    for k in range(min(alone, other) + 1):                  # term: how many ways to choose k of n
+        tail, term = tail + term, term * (n - k) // (k + 1)
+    return alone, other, min(1.0, 2 * tail / 2 ** n)
 
 
 def print_paired_tests(labels, answers, results):
@@ -1471,10 +1504,10 @@ def print_paired_tests(labels, answers, results):
 
 
 def print_groups(by, groups, labels, answers, most=20):
-    """Accuracy in each group of tweets. Many numbers become five groups of like size; many names, the largest ones."""
+    """Accuracy in each group of tweets. Many numbers become up to five groups of like size; many names, the largest ones."""
     groups = pd.Series(groups)
     numbers = pd.to_numeric(groups, errors="coerce")
-    if numbers.notna().all():
+    if np.isfinite(numbers).all():
         groups = numbers if numbers.nunique() <= most else pd.qcut(numbers, 5, precision=0, duplicates="drop")
     elif groups.nunique() > most:
         groups = groups.where(groups.isin(groups.value_counts().index[:most]), "(all others)")
@@ -1558,15 +1591,15 @@ SELECTIONS = ("none", "delta", "B", "C", "B+C", "delta+B+C")
 VARIANTS = {                                           # (model, share of the training tweets, settings that differ)
     "selection": [("mamba", 0.1, {"selection": parts}) for parts in SELECTIONS],
     "induction": [("mamba", 0, {"selection": parts}) for parts in SELECTIONS] + [(name, 0, {}) for name in MODELS[1:]],
-    "size": [(name, share, {}) for share in (0.01, 0.1) for name in MODELS],
+    "size": [(name, share, {}) for share in (0.01, 0.1, 1.0) for name in MODELS],
     "seed": [(name, 0.2, {"seed": seed}) for name in MODELS for seed in range(3)],
     "search": [(name, 0.1, settings) for name in MODELS for settings in (
         *({"learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3, 8e-3)),
         *({"dropout": rate} for rate in (0.0, 0.2, 0.3)), {"width": 32}, {"width": 128})],
 }
 # The induction heads need no regularization, and hold nothing that could be learned by heart.
-INDUCTION = {"vocab_size": 17, "classes": 16, "pooling": "last", "dropout": 0.0, "word_dropout": 0.0,
-             "label_smoothing": 0.0, "averaging": 0.0, "weight_decay": 0.0, "batch_size": 32, "epochs": 4}
+INDUCTION = {"vocab_size": 17, "classes": 16, "pooling": "last", "dropout": 0.0, "next_word": 0.0, "weight_decay": 0.0,
+             "learning_rate": 1e-3, "batch_size": 32}
 
 
 def induction_heads(n, length, seed):
@@ -1581,47 +1614,102 @@ def induction_heads(n, length, seed):
     return ids, ids[rows, where + 1]
 
 
+@contextlib.contextmanager
+def figure(path, title, xlabel, ylabel, ticks, note=""):
+    """A figure with lines over a logarithmic axis that has `ticks`, written to `path`."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    drawing, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    yield axes
+    axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.set_xticks(sorted(ticks), [f"{tick:,}" for tick in sorted(ticks)])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, handlelength=4)
+    axes.text(0.99, 0.01, note, ha="right", va="bottom", fontsize=7, color="gray", transform=axes.transAxes)
+    write_whole(path, lambda partial: drawing.savefig(partial, dpi=150, format="png"))
+    pyplot.close(drawing)
+
+
 def ablate_command(arguments):
     for study in arguments.studies:
         run_study(study, arguments)
 
 
 def run_study(study, arguments):
-    """Train what the study has and its table has not yet; print the table RUN_DIR/ablate/STUDY.csv and draw it."""
+    """Train what the study has and RUN_DIR/ablate/STUDY.json, or `train`, has not yet; print, keep and draw its table."""
+    lengths = sorted(set(arguments.test_lengths))
     if study == "induction":
         given = {k: v for k, v in vars(arguments).items() if k in ("epochs", "batch_size")}
-        data, length, n = f"induction heads of {arguments.length}", arguments.length, arguments.limit or 50_000
-        config = Config(**INDUCTION | given, max_length=length)
-        splits = {"train": induction_heads(n, length, 0), "val": induction_heads(1000, length, 1)}
-        # About a million tokens of each length.
-        tests = {str(test): induction_heads(min(1024, max(64, 2 ** 20 // test)), test, 2) for test in arguments.test_lengths}
+        config = Config(**INDUCTION | given, max_length=arguments.length)
+        data = f"induction heads, tested at {', '.join(map(str, lengths))}"
+        splits = {"train": induction_heads(arguments.limit or 60_000, arguments.length, 0),
+                  "val": induction_heads(1000, arguments.length, 1)}
     else:
         folder, config, splits = load_splits(arguments)
-        data, tests = folder.name, {} if study == "search" else {"accuracy": splits["test"]}
-    path = pathlib.Path(arguments.run_dir) / "ablate" / f"{study}.csv"
+        data = folder.name
+    path = pathlib.Path(arguments.run_dir) / "ablate" / f"{study}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    rows, table = read_json(path)["rows"] if path.exists() else [], []
+    trained = [read_json(metrics) for metrics in (pathlib.Path(arguments.run_dir) / data).glob("*/metrics.json")]
     for model, share, settings in VARIANTS[study]:
-        variant = dataclasses.replace(config, **settings)
-        train = splits["train"]
+        variant, train = dataclasses.replace(config, **settings), splits["train"]
         if share:
-            train = keep(*train, arguments.limit or round(share * len(train[0])), 0)
-        row = {"data": data, "model": model, "settings": " ".join(f"{k}={v}" for k, v in settings.items()) or "default",
-               "trained_on": len(train[0]), "epochs": variant.epochs}
-        if any(row.items() <= done.items() for done in rows):
-            print(f"in {path} already: {model}, {row['settings']}, trained on {len(train[0]):,}")
-            continue
-        print(f"\n{study}: {row['settings']}")
-        trained, history, seconds = train_fresh(model, variant, train, splits["val"])
-        row |= {"parameters": count_parameters(trained)[1], "seconds": round(seconds),
-                "validation": max(epoch["val_accuracy"] for epoch in history)}
-        for test, (ids, labels) in tests.items():
-            row[test] = np.mean(predict_logits(trained, ids, max(1, 16384 // ids.shape[1])).argmax(1) == labels)
-        rows.append(row)
-        write_whole(path, lambda partial: pd.DataFrame(rows).to_csv(partial, index=False))
-    print(f"\n{path}\n{pd.DataFrame(rows).to_string(index=False, float_format='{:.4f}'.format)}")
+            train = keep(*train, arguments.limit or max(1, round(share * len(train[0]))), 0)
+        shown = {"model": model, "settings": " ".join(f"{k}={v}" for k, v in settings.items()) or "default",
+                 "train_tweets": len(train[0])}
+        key = {"model": model, "data": data, "train_tweets": len(train[0]), "config": dataclasses.asdict(variant)}
+        row = next((row for row in rows + trained if key.items() <= row.items()), None)
+        if row:
+            print(f"trained already: {shown}")
+        else:
+            print(f"\n{study}: {shown['settings']}")
+            network, history, seconds = train_fresh(model, variant, train, splits["val"])
+            row = {**key, "validation": best_epoch(history)["val_accuracy"], "train_seconds": seconds,
+                   "parameters_outside_embedding": count_parameters(network)[1]}
+            if study == "induction":
+                row["lengths"] = test_lengths(network, lengths)
+            elif study != "search":                            # which looks at the validation tweets alone
+                ids, labels = splits["test"]
+                row |= score(labels, predict_logits(network, ids).argmax(1), variant.classes)
+            rows.append(row)
+            write_json(path, {"rows": rows})
+        shown |= {"epochs": variant.epochs, "parameters": row["parameters_outside_embedding"],
+                  "seconds": round(row["train_seconds"]), "validation": row["validation"], **row.get("lengths", {})}
+        if "accuracy" in row:
+            shown |= {"accuracy": row["accuracy"], "low": row["interval"][0], "high": row["interval"][1]}
+        table.append(shown)
+    table = pd.DataFrame(table)
+    write_whole(path.with_suffix(".csv"), lambda partial: table.to_csv(partial, index=False))
+    print(f"\n{path.with_suffix('.csv')}\n{table.to_string(index=False, float_format='{:.4f}'.format)}")
+    if study == "seed":
+        print(table.groupby("model").accuracy.agg(["mean", "std"]).to_string(float_format="{:.4f}".format))
+    if study == "size":
+        with figure(path.with_suffix(".png"), f"Test accuracy against training tweets ({data})", "training tweets",
+                    "test accuracy", table.train_tweets.unique()) as axes:
+            for model, line in table.groupby("model", sort=False):
+                axes.plot(line.train_tweets, line.accuracy, marker="o", label=model)
+                axes.fill_between(line.train_tweets, line.low, line.high, alpha=0.15)
+    if study == "induction":
+        with figure(path.with_suffix(".png"), f"Induction heads: trained at {arguments.length} tokens, tested at others",
+                    "sequence length (tokens)", "accuracy", lengths) as axes:
+            for row in table.to_dict("records"):
+                label = row["model"] + (f", {row['settings']}" if row["model"] == "mamba" else "")
+                axes.plot(lengths, [row[str(length)] for length in lengths], marker="o", label=label)
 
 
+def test_lengths(model, lengths):
+    """Accuracy on the induction heads of each length, on 1024 sequences, fewer where they are long (64 of 16,384 tokens).
+
+    NaN for a Transformer beyond 4096 tokens: its attention would take 4 GB a layer at 16,384.
+    """
+    accuracies = {}
+    for length in lengths:
+        ids, labels = induction_heads(min(1024, max(64, 2 ** 20 // length)), length, 2)
+        accuracies[str(length)] = math.nan if model.block == "transformer" and length > 4096 else float(np.mean(
+            predict_logits(model, ids, max(1, 16384 // length)).argmax(1) == labels))
+    return accuracies
 
 
 # ------------------------------------------------------------------------------------- 9 Timing
@@ -1740,7 +1828,9 @@ def bench_scan():
 
 def draw_latency(path, rows):
     """Inference time against sequence length, one line a model."""
-    with figure(path, "Inference time against sequence length (batch 1)", rows) as axes:
+    with figure(path, "Inference time against sequence length (batch 1)", "sequence length (tokens)", "milliseconds",
+                rows.length.unique(), rows.machine.iloc[0]) as axes:
+        axes.set_yscale("log")
         for name, line in rows.groupby("model", sort=False):
             axes.plot(line.length, line.milliseconds, marker="o", label=name)
             axes.fill_between(line.length, line.fastest, line.slowest, alpha=0.15)
@@ -1749,30 +1839,13 @@ def draw_latency(path, rows):
 def draw_scan(path, rows):
     """Time of the scan of as many tokens against their length, one line a method, dashed for the forward pass alone."""
     tokens = rows.batch.iloc[0] * rows.length.iloc[0]
-    with figure(path, f"Selective scan of {tokens:,} tokens, channels {rows.channels.iloc[0]}, state {rows.state.iloc[0]}", rows) as axes:
+    with figure(path, f"Selective scan of {tokens:,} tokens, channels {rows.channels.iloc[0]}, state {rows.state.iloc[0]}",
+                "sequence length (tokens)", "milliseconds", rows.length.unique(), rows.machine.iloc[0]) as axes:
+        axes.set_yscale("log")
         for i, (method, of_method) in enumerate(rows.groupby("method", sort=False)):
             for which, line in of_method.groupby("pass"):
                 axes.plot(line.length, line.milliseconds, f"C{i}", marker="o", label=f"{method}, {which}",
                           linestyle="--" if which == "forward" else "-")
-
-
-@contextlib.contextmanager
-def figure(path, title, rows):
-    """A figure of milliseconds against sequence length, both logarithmic, written to `path`."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    drawing, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    yield axes
-    axes.set(xscale="log", yscale="log", xlabel="sequence length (tokens)", ylabel="milliseconds", title=title)
-    lengths = sorted(rows.length.unique())
-    axes.set_xticks(lengths, [str(n) for n in lengths])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, handlelength=4)
-    axes.text(0.99, 0.01, rows.machine.iloc[0], ha="right", va="bottom", fontsize=7, color="gray", transform=axes.transAxes)
-    write_whole(path, lambda partial: drawing.savefig(partial, dpi=150, format="png"))
-    pyplot.close(drawing)
 
 
 def preprocess_command(arguments):
