@@ -1508,12 +1508,14 @@ def print_groups(by, groups, labels, answers, most=20):
     groups = pd.Series(groups)
     numbers = pd.to_numeric(groups, errors="coerce")
     if np.isfinite(numbers).all():
-        groups = numbers if numbers.nunique() <= most else pd.qcut(numbers, 5, precision=0, duplicates="drop")
+        groups = numbers if numbers.nunique() <= most else pd.qcut(numbers, 5, duplicates="drop")
     elif groups.nunique() > most:
         groups = groups.where(groups.isin(groups.value_counts().index[:most]), "(all others)")
     print(f"\n{by:<20} {'tweets':>7} " + " ".join(f"{name:>24}" for name in answers))
     rows = []
     for group, members in groups.groupby(groups, observed=True).groups.items():
+        if isinstance(group, pd.Interval):
+            group = f"{numbers[members].min():g} to {numbers[members].max():g}"
         rows.append({"group": str(group), "n": len(members)})
         for name, answer in answers.items():
             right = int(np.sum((answer == labels)[members]))

@@ -844,7 +844,7 @@ def test_accuracy_by_group(trained, tmp_path, capsys):
     assert rows[0]["group"] == "(all others)" and rows[1] == {
         "group": "a", "n": 3, "one": (1, *ms.wilson(3, 3)), "other": (2 / 3, *ms.wilson(2, 3))}
     rows = ms.print_groups("length", np.arange(100), np.zeros(100, int), {"one": np.zeros(100, int)})
-    assert [row["n"] for row in rows] == [20] * 5
+    assert [(row["group"], row["n"]) for row in rows] == [(f"{i} to {i + 19}", 20) for i in range(0, 100, 20)]
     table = pd.read_csv(folder / "data" / "tweets" / "test_tokenized.csv").assign(dialect=list("xxyyyy"))
     table.to_csv(tmp_path / "t.csv", index=False)
     places = ["--data-dir", str(folder / "data"), "--run-dir", str(folder / "runs"), "--test", str(tmp_path / "t.csv")]
