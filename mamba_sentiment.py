@@ -1039,7 +1039,10 @@ class AttentionBlock(Block):
     def call(self, x, mask=None):
         x, mask = self.check(x, mask)
         where = x + self.positions(_size(x, 1), x.dtype)
-        return self.attention(where, x, where, attention_mask=tf.linalg.matrix_transpose(mask) > 0, use_causal_mask=True)
+        # Keras's own causal mask is a running sum over a matrix, which XLA on a CPU computes in cubic time.
+        place = tf.range(_size(x, 1))
+        seen = (place[:, None] >= place) & (tf.linalg.matrix_transpose(mask) > 0)         # (B, L, L)
+        return self.attention(where, x, where, attention_mask=seen)
 
     def positions(self, length, dtype):
         half = self.config.width // 2
