@@ -185,7 +185,7 @@ class Config:
     vocabulary: str = ""            # sha256 of the vocabulary trained with, so that no other is used by mistake
     learning_rate: float = 3e-3     # peak, after the warm-up
     warmup: float = 0.05            # share of all steps over which the learning rate rises from 0
-    weight_decay: float = 0.05      # AdamW's, on matrices only (see `train_model`)
+    weight_decay: float = 0.05      # AdamW's, on matrices only (see `make_optimizer`)
     clip_norm: float = 1.0          # largest norm of the gradient over all parameters
     next_word: float = 0.5          # weight of a second loss in training: guessing each next word (`next_word_loss`)
     batch_size: int = 256           # tweets a step
@@ -304,8 +304,7 @@ def read_tweets(path, by=None):
             lines = file.read().decode("utf8", "replace").splitlines(keepends=True)
         return _parse_tweets(lines, path, "sentiment", by)
     try:
-        with _open_text(path, "latin-1") as lines:
-            first = next(csv.reader(lines), [])
+        first = _first_row(path)
         header = {name.strip().lower().removeprefix("ï»¿") for name in first}
         if {"text", "label"} <= header:
             with _open_text(path, "utf-8-sig") as lines:
@@ -331,6 +330,11 @@ def _open_text(path, encoding):
         yield handles.handle
 
 
+def _first_row(path):
+    with _open_text(path, "latin-1") as lines:
+        return next(csv.reader(lines), [])
+
+
 def _parse_tweets(lines, path, label_column, by):
     """What `read_tweets` returns, from an open CSV. `label_column` None: the six columns, else a header that has it."""
     reader = csv.reader(lines)
@@ -339,6 +343,7 @@ def _parse_tweets(lines, path, label_column, by):
     by = by and by.strip().lower()
     if by and by not in header:
         raise UserError(f"{path} has no column {by}; it has {', '.join(header)}")
+    group_at = header.index(by) if by else None
     texts, found, groups, line_of = [], [], [] if by else None, {}
     for row in reader:
         if not row:
@@ -350,7 +355,7 @@ def _parse_tweets(lines, path, label_column, by):
         texts.append(row[text_at])
         found.append(label)
         if by:
-            groups.append(row[header.index(by)])
+            groups.append(row[group_at])
     if not texts:
         raise UserError(f"{path} has no tweets in it")
     numbers = ("0", "2", "4") if label_column is None or "4" in line_of else ("0", "1", "2")
@@ -577,6 +582,7 @@ def write_whole(path, write):
 
 
 def write_json(path, value):
+    """Write `value` as JSON, the file whole or not at all."""
     write_whole(path, lambda partial: partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf8"))
 
 
@@ -1180,17 +1186,17 @@ def make_optimizer(model, config, steps):
     return optimizer
 
 
-def next_word_loss(states, ids, others, embeddings):
+def next_word_loss(states, ids, candidates, embeddings):
     """How badly the states (B, L, width) tell each next word, the mean of each tweet: (B,) float32.
 
-    The cross-entropy of the next word among it and the words `others` (n,), the score of a word being the product
+    The cross-entropy of the next word among it and the words `candidates` (n,), the score of a word being the product
     of the state with its embedding. Reading for this too, a model learns more from the same tweets (a second
     objective as in Rei, arXiv 1704.07156). It asks for causal blocks: none may see the next word.
     """
     states, words = states[:, :-1], ids[:, 1:]
     right = tf.reduce_sum(states * tf.gather(embeddings, words), -1, keepdims=True)
-    scores = project(states, tf.transpose(tf.gather(embeddings, others)))                       # (B, L - 1, n)
-    scores = tf.where((others == words[:, :, None]) | (others == 0), -1e9, scores)
+    scores = project(states, tf.transpose(tf.gather(embeddings, candidates)))                   # (B, L - 1, n)
+    scores = tf.where((candidates == words[:, :, None]) | (candidates == 0), -1e9, scores)
     loss = tf.reduce_logsumexp(tf.concat([right, scores], -1), -1) - right[:, :, 0]
     real = tf.cast(words != 0, tf.float32)
     return tf.reduce_sum(loss * real, 1) / tf.maximum(tf.reduce_sum(real, 1), 1)
@@ -1205,13 +1211,13 @@ def training_step(model, optimizer, config):
     variables = model.trainable_variables
 
     @_compiled
-    def gradients(ids, labels, counts, others, seed):
+    def gradients(ids, labels, counts, candidates, seed):
         with tf.GradientTape() as tape:
             logits, states = model.logits_and_states(ids, training=True, seed=seed)
             loss = tf.reduce_sum(counts * tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
             total = loss
             if config.next_word:
-                guesses = next_word_loss(states, ids, others, model.embedding.embeddings)
+                guesses = next_word_loss(states, ids, candidates, model.embedding.embeddings)
                 total += config.next_word * tf.reduce_sum(counts * guesses)
         right = tf.cast(tf.equal(tf.argmax(logits, 1, tf.int32), labels), tf.float32)
         embedded, *others = tape.gradient(total, variables)
@@ -1231,10 +1237,10 @@ def training_step(model, optimizer, config):
     def step(rows, ids, labels, number):
         counts = tf.cast(rows >= 0, tf.float32)
         words = tf.reshape(ids[:, 1:], [-1])
-        others = words[::max(1, -(-words.shape[0] // 512))]                   # some 500 words of the batch, as they are spread
+        candidates = words[::max(1, -(-words.shape[0] // 512))]               # some 500 words of the batch, as they are spread
         split = zip(*(tf.split(x, shares) for x in (ids, labels, counts)))
         values, indices, others, sums = zip(*(
-            gradients(*share, others, tf.stack([config.seed, number * shares + i])) for i, share in enumerate(split)))
+            gradients(*share, candidates, tf.stack([config.seed, number * shares + i])) for i, share in enumerate(split)))
         # The gradient of the embedding comes as the rows that occur, and is summed here because their number differs
         # from length to length: `update` is compiled once.
         embedded = tf.math.unsorted_segment_sum(tf.concat(values, 0), tf.concat(indices, 0), config.vocab_size)
@@ -1276,8 +1282,8 @@ def best_epoch(history):
     return max(history, key=lambda epoch: epoch["val_accuracy"])
 
 
-def train_fresh(name, config, train, val, after_epoch=lambda history: None):
-    """Build and train one model, the same for the same `config.seed` -> (model, history, seconds)."""
+def train_fresh(name, config, data, train, val, after_epoch=lambda history: None):
+    """Build and train one model, the same for the same `config.seed` -> (model, what was trained, as a dict for JSON)."""
     keras.utils.set_random_seed(config.seed)
     tf.config.experimental.enable_op_determinism()
     model = build_model(name, config)
@@ -1286,19 +1292,23 @@ def train_fresh(name, config, train, val, after_epoch=lambda history: None):
           f"seed {config.seed}", flush=True)
     start = time.perf_counter()
     history = train_model(model, train, val, config, after_epoch)
-    return model, history, time.perf_counter() - start
+    return model, {
+        "model": name, "data": data, "train_tweets": len(train[0]), "config": dataclasses.asdict(config),
+        "parameters": parameters, "parameters_outside_embedding": outside,
+        "validation": best_epoch(history)["val_accuracy"], "train_seconds": time.perf_counter() - start}
 
 
 def load_splits(arguments):
     """What the command line asks to train on -> (folder, Config, {"train" | "val" | "test": (ids, labels)})."""
     folder = data_folder(arguments, make=True)
     meta = read_json(folder / "meta.json")
-    given = {k: v for k, v in vars(arguments).items() if k in {field.name for field in dataclasses.fields(Config)}}
+    given = {k: v for k, v in vars(arguments).items() if k in Config.__dataclass_fields__}
     config = Config(**given | {k: meta[k] for k in ("vocab_size", "vocabulary", "max_length")})
     return folder, config, {split: read_tokenized(folder / f"{split}_tokenized.csv", config.vocab_size) for split in SPLITS}
 
 
 def train_command(arguments):
+    """Train the models asked for; write model, history and metrics of each, and print their test accuracy."""
     folder, config, splits = load_splits(arguments)
     if arguments.limit:
         splits["train"] = keep(*splits["train"], arguments.limit, config.seed)
@@ -1307,17 +1317,14 @@ def train_command(arguments):
         run = pathlib.Path(arguments.run_dir) / folder.name / name
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "config.json", dataclasses.asdict(config))      # fails now rather than after an hour
-        model, history, seconds = train_fresh(name, config, splits["train"], splits["val"], lambda history: write_whole(
+        model, metrics = train_fresh(name, config, folder.name, splits["train"], splits["val"], lambda history: write_whole(
             run / "history.csv", lambda path: pd.DataFrame(history).to_csv(path, index=False)))
         ids, labels = splits["test"]
-        scores = score(labels, predict_logits(model, ids).argmax(1), config.classes)
-        parameters, outside = count_parameters(model)
+        metrics |= score(labels, predict_logits(model, ids).argmax(1), config.classes)
         write_whole(run / "model.keras", model.save)
-        write_json(run / "metrics.json", {
-            **scores, "model": name, "data": folder.name, "validation": best_epoch(history)["val_accuracy"], "parameters": parameters, "parameters_outside_embedding": outside,
-            "train_tweets": len(splits["train"][0]), "train_seconds": seconds, "config": dataclasses.asdict(config)})
-        print(f"{name}: test accuracy {show_accuracy(scores)} on {scores['n']:,} tweets of {folder.name}, "
-              f"trained in {seconds:.0f} s; saved in {run}\n", flush=True)
+        write_json(run / "metrics.json", metrics)
+        print(f"{name}: test accuracy {show_accuracy(metrics)} on {metrics['n']:,} tweets of {folder.name}, "
+              f"trained in {metrics['train_seconds']:.0f} s; saved in {run}\n", flush=True)
     if len(names) > 1:
         print_table([{"model": name, **read_json(pathlib.Path(arguments.run_dir) / folder.name / name / "metrics.json")}
                      for name in names])
@@ -1392,6 +1399,7 @@ def score(labels, predicted, classes):
 
 
 def show_accuracy(scores):
+    """The accuracy of what `score` gives, with its interval, as a text."""
     low, high = scores["interval"]
     return f"{scores['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%})"
 
@@ -1429,8 +1437,7 @@ def read_test(path, folder, meta, by=None):
     """
     header = []
     with contextlib.suppress(Exception):                   # what is wrong with the file, its reader will say
-        with _open_text(path, "latin-1") as lines:
-            header = next(csv.reader(lines), [])
+        header = _first_row(path)
     column, groups = None if by == "length" and by not in header else by, None
     if {"0", "label"} <= set(header):
         ids, labels = read_tokenized(path, meta["vocab_size"])
@@ -1445,6 +1452,7 @@ def read_test(path, folder, meta, by=None):
 
 
 def evaluate_command(arguments):
+    """Test the trained models asked for, side by side; print the answers and write evaluation.json."""
     folder = data_folder(arguments)
     meta = read_json(folder / "meta.json")
     runs = pathlib.Path(arguments.run_dir) / folder.name
@@ -1529,6 +1537,7 @@ def print_groups(by, groups, labels, answers, most=20):
 
 
 def print_scores(result):
+    """The scores of one model, class by class."""
     print(f"\n{result['model']}: accuracy {show_accuracy(result)}, macro F1 {result['macro_f1']:.4f}, "
           f"{result['milliseconds']:.3f} ms a tweet in batches of 256")
     print(f"  {'label':<9} {'precision':>9} {'recall':>7} {'F1':>7}   predicted " + " ".join(f"{x:>9}" for x in LABELS))
@@ -1563,6 +1572,7 @@ def stored_tokenizer(folder):
 
 
 def predict_command(arguments):
+    """Label the tweets on the command line or, where there are none, each line of standard input."""
     folder = data_folder(arguments)
     tokenizer = stored_tokenizer(folder)
     model = load_trained(arguments, folder, arguments.model, vocabulary_hash(tokenizer))
@@ -1638,6 +1648,7 @@ def figure(path, title, xlabel, ylabel, ticks, note=""):
 
 
 def ablate_command(arguments):
+    """Run the studies asked for, one after the other."""
     for study in arguments.studies:
         run_study(study, arguments)
 
@@ -1670,11 +1681,9 @@ def run_study(study, arguments):
             print(f"trained already: {shown}")
         else:
             print(f"\n{study}: {shown['settings']}")
-            network, history, seconds = train_fresh(model, variant, train, splits["val"])
-            row = {**key, "validation": best_epoch(history)["val_accuracy"], "train_seconds": seconds,
-                   "parameters_outside_embedding": count_parameters(network)[1]}
+            network, row = train_fresh(model, variant, data, train, splits["val"])
             if study == "induction":
-                row["lengths"] = test_lengths(network, lengths)
+                row["lengths"] = accuracy_at_lengths(network, lengths)
             elif study != "search":                            # which looks at the validation tweets alone
                 ids, labels = splits["test"]
                 row |= score(labels, predict_logits(network, ids).argmax(1), variant.classes)
@@ -1704,7 +1713,7 @@ def run_study(study, arguments):
                 axes.plot(lengths, [row[str(length)] for length in lengths], marker="o", label=label)
 
 
-def test_lengths(model, lengths):
+def accuracy_at_lengths(model, lengths):
     """Accuracy on the induction heads of each length, on 1024 sequences, fewer where they are long (64 of 16,384 tokens).
 
     NaN for a Transformer beyond 4096 tokens: its attention would take 4 GB a layer at 16,384.
@@ -1767,6 +1776,7 @@ def scan_calls(method):
 
 
 def bench_command(arguments):
+    """Time inference, training steps and the scan; write tables and figures."""
     folder = pathlib.Path(arguments.run_dir) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{machine()}; medians of compiled calls, milliseconds")
@@ -1782,6 +1792,7 @@ def bench_command(arguments):
 
 
 def some_ids(batch, length):
+    """Random token ids (batch, length), int32, none of them padding."""
     return tf.constant(np.random.default_rng(0).integers(1, Config.vocab_size, (batch, length)), tf.int32)
 
 
@@ -1854,6 +1865,7 @@ def draw_scan(path, rows):
 
 
 def preprocess_command(arguments):
+    """Download, clean, split and tokenize what is asked for."""
     asked = {k: v for k, v in vars(arguments).items() if k in ("tokenizer", "max_length")}
     preprocess(arguments.data, pathlib.Path(arguments.data_dir), **asked)
 
