@@ -76,6 +76,7 @@ def parse_arguments(argv=None):
         if name in ("train", "ablate"):
             sub.add_argument("--epochs", type=_whole(1), default=argparse.SUPPRESS, help="passes over the training tweets")
             sub.add_argument("--batch-size", type=_whole(1), default=argparse.SUPPRESS, help="tweets a step")
+            sub.add_argument("--restart", action="store_true", help="train anew what is trained already, or in part")
         if name in ("preprocess", "train", "ablate"):
             sub.add_argument("--tokenizer", metavar="bert-base-uncased|DIR|vocab.txt|train", default=argparse.SUPPRESS,
                              help="vocabulary (default: bert-base-uncased; train: made from the training tweets)")
@@ -124,6 +125,7 @@ import csv
 import dataclasses
 import hashlib
 import html
+import importlib.util
 import itertools
 import json
 import math
@@ -131,11 +133,14 @@ import pathlib
 import platform
 import re
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
+import tempfile
 import time
 import zipfile
+import zlib
 
 
 @contextlib.contextmanager
@@ -545,22 +550,31 @@ def preprocessed(data, data_dir):
 def read_tokenized(path, vocab_size):
     """A tokenized CSV -> (ids, labels), int32 (tweets, length) and (tweets,). UserError where it is none.
 
-    Columns besides the token ids and `label` are passed over.
+    Columns besides the token ids and `label` are passed over. The ids lie in a temporary file that is mapped into
+    memory, so that there can be more of them than memory.
     """
+    labels, wanted = [], lambda name: name.isdecimal() or name == "label"
     try:
-        table = pd.read_csv(path, dtype="int32", usecols=lambda name: name.isdecimal() or name == "label")
+        with tempfile.TemporaryFile() as file, pd.read_csv(path, dtype="int32", usecols=wanted, chunksize=100_000) as tables:
+            for table in tables:
+                if list(table.columns) != [*map(str, range(table.shape[1] - 1)), "label"] or table.shape[1] < 2:
+                    raise UserError(f"{path}: expected rows with the columns 0, 1, 2 … (token ids) and label")
+                ids, label = table.drop(columns="label").to_numpy("int32"), table.label.to_numpy("int32")
+                wrong = ((ids < 0) | (ids >= vocab_size)).any(1) | (label < 0) | (label >= len(LABELS))
+                if wrong.any():
+                    raise UserError(f"{path}, line {table.index[wrong.argmax()] + 2}: token ids must be from 0 to "
+                                    f"{vocab_size - 1} (another vocabulary?) and labels from 0 to {len(LABELS) - 1}")
+                file.write(ids.tobytes())
+                labels.append(label)
+            labels = np.concatenate(labels)
+            if not len(labels):
+                raise UserError(f"{path} has no rows")
+            file.flush()
+            return np.memmap(file, "int32", "r", shape=(len(labels), ids.shape[1])), labels
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, OverflowError) as error:
         raise UserError(f"{path} is no table of token ids: {_one_line(error)}") from None
-    if list(table.columns) != [*map(str, range(table.shape[1] - 1)), "label"] or table.shape[1] < 2 or table.empty:
-        raise UserError(f"{path}: expected rows with the columns 0, 1, 2 … (token ids) and label")
-    ids, labels = table.drop(columns="label").to_numpy("int32"), table.label.to_numpy("int32")
-    wrong = ((ids < 0) | (ids >= vocab_size)).any(1) | (labels < 0) | (labels >= len(LABELS))
-    if wrong.any():
-        raise UserError(f"{path}, line {wrong.argmax() + 2}: token ids must be from 0 to {vocab_size - 1} (another "
-                        f"vocabulary?) and labels from 0 to {len(LABELS) - 1}")
-    return ids, labels
 
 
 def read_json(path):
@@ -586,7 +600,7 @@ def write_json(path, value):
     write_whole(path, lambda partial: partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf8"))
 
 
-def batches(ids, batch_size, generator=None, labels=None):
+def batches(ids, batch_size, generator=None, labels=None, skip=0):
     """Batches of like length, as a `tf.data.Dataset` of (rows, ids, labels).
 
     A tweet has 16 tokens on average: batches of tweets of like length, cut to the shortest of a few
@@ -594,16 +608,19 @@ def batches(ids, batch_size, generator=None, labels=None):
     and the last batch of each is filled up with rows of number -1, which do not count.
 
     ids (tweets, length) int32; labels (tweets,) or None. `generator`: shuffles tweets and batches.
+    `skip`: how many of the first batches to leave out.
     """
     longest = ids.shape[1]
     lengths = sorted({min(length, longest) for length in (16, 24, 32, longest)})
     order = np.arange(len(ids)) if generator is None else generator.permutation(len(ids))
-    used = longest - np.argmax(ids[:, ::-1] != 0, axis=1)
-    bucket = np.searchsorted(lengths, np.where(ids.any(1), used, 1))[order]
+    used = np.concatenate([np.max((ids[i:i + 100_000] != 0) * np.arange(1, longest + 1), 1, initial=1)
+                           for i in range(0, len(ids) + 1, 100_000)])        # in parts, to spare memory
+    bucket = np.searchsorted(lengths, used)[order]
     plan = [(length, rows[i:i + batch_size]) for b, length in enumerate(lengths)
             for rows in [order[bucket == b]] for i in range(0, len(rows), batch_size)]
     if generator is not None:
         generator.shuffle(plan)
+    plan = plan[skip:]
     labels = np.zeros(len(ids), "int32") if labels is None else labels
 
     def generate():
@@ -1249,32 +1266,115 @@ def training_step(model, optimizer, config):
     return step
 
 
-def train_model(model, train, val, config, after_epoch=lambda history: None):
+SAVE_SECONDS = 120
+
+
+def save_state(path, at, arrays):
+    """Write where a training run is (`at`, for JSON) and its `arrays` to one file, whole or not at all."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise UserError(f"a weight became infinite or no number after step {at['step']:,} of epoch {at['epoch']}; "
+                        f"take a lower learning rate, or another --seed")
+
+    def write(partial):
+        with open(partial, "wb") as file:
+            np.savez(file, *arrays, at=json.dumps(at))
+
+    write_whole(path, write)
+
+
+def load_state(path, identity):
+    """What `save_state` wrote -> (at, arrays), or None where there is nothing of this run. UserError where it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as state:
+            at = json.loads(str(state["at"]))
+            if at["identity"] == identity:
+                return at, [state[f"arr_{i}"] for i in range(len(state.files) - 1)]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read ({_one_line(error)}); --restart starts the training over") from None
+    print(f"{path} is of a training with other settings or tweets; starting over")
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """Yields a list to which Ctrl-C and SIGTERM, instead of raising, add themselves; the second Ctrl-C does raise."""
+    noted, before = [], {}
+
+    def note(number, frame):
+        if noted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        noted.append(number)
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):              # where Python is not in its main thread, it takes no signals
+                before[number] = signal.signal(number, note)
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train_model(model, train, val, config, state=None, identity=None, after_epoch=lambda history: None):
     """The one training loop. `train`, `val`: (ids, labels). Leaves the model with the weights of the epoch that
-    was best on `val` and returns one dict an epoch; `after_epoch` is given them all, after each."""
-    generator = np.random.default_rng(config.seed)
+    was best on `val` and returns one dict an epoch; `after_epoch` is given them all, after each.
+
+    With `state`, a path, everything that the rest of the training depends on is written there after each epoch,
+    every SAVE_SECONDS, and at Ctrl-C or SIGTERM, which then raise KeyboardInterrupt. Where the file is there, training
+    goes on from it, to the same weights, bit for bit. Raises UserError where the loss or a weight is no finite number.
+    """
     steps = len(batches(train[0], config.batch_size))
     optimizer = make_optimizer(model, config, steps * config.epochs)
-    step, history = training_step(model, optimizer, config), []
-    for epoch in range(1, config.epochs + 1):
-        print(f"epoch {epoch}/{config.epochs}", flush=True)
-        bar = keras.utils.Progbar(steps, stateful_metrics=["loss", "accuracy", "tweets/s"], interval=0.5,
-                                  verbose=1 if sys.stdout.isatty() else 2)
-        start, total = time.perf_counter(), np.zeros(3)
-        for i, batch in enumerate(batches(train[0], config.batch_size, generator, train[1]), 1):
-            total += step(*batch, tf.constant((epoch - 1) * steps + i)).numpy()
-            loss, accuracy = total[:2] / total[2]
-            bar.update(i, [("loss", loss), ("accuracy", accuracy),
-                           ("tweets/s", total[2] / (time.perf_counter() - start))])
-        predicted = predict_logits(model, val[0]).argmax(1)
-        history.append({"epoch": epoch, "loss": loss, "accuracy": accuracy,
-                        "val_accuracy": float(np.mean(predicted == val[1])), "seconds": time.perf_counter() - start})
-        print(f"validation accuracy {history[-1]['val_accuracy']:.2%}", flush=True)
-        if best_epoch(history) is history[-1]:
-            weights = model.get_weights()
-        after_epoch(history)
-    model.set_weights(weights)
-    return history
+    step, variables = training_step(model, optimizer, config), [*model.variables, *optimizer.variables]
+    at = {"identity": identity, "epoch": 1, "step": 0, "total": [0.0, 0.0, 0.0], "seconds": 0.0, "history": []}
+    best = model.get_weights()
+    if stored := state and load_state(state, identity):
+        at, arrays = stored
+        best = arrays[len(variables):]
+        for variable, array in zip(variables, arrays):
+            variable.assign(array)
+        print(f"going on from {state}, after step {at['step']:,} of {steps:,} of epoch {at['epoch']}", flush=True)
+
+    def keep_state():
+        if state:
+            save_state(state, at, [*(variable.numpy() for variable in variables), *best])
+
+    with signals_noted() as noted:
+        for epoch in range(at["epoch"], config.epochs + 1):
+            print(f"epoch {epoch}/{config.epochs}", flush=True)
+            bar = keras.utils.Progbar(steps, stateful_metrics=["loss", "accuracy", "tweets/s"], interval=0.5,
+                                      verbose=1 if sys.stdout.isatty() else 2)
+            start = time.perf_counter() - at["seconds"]
+            saved, total = time.perf_counter(), np.array(at["total"])
+            generator = np.random.default_rng([config.seed, epoch])
+            for i, batch in enumerate(batches(train[0], config.batch_size, generator, train[1], at["step"]), at["step"] + 1):
+                total += step(*batch, tf.constant((epoch - 1) * steps + i)).numpy()
+                now, (loss, accuracy) = time.perf_counter(), total[:2] / total[2]
+                bar.update(i, [("loss", loss), ("accuracy", accuracy), ("tweets/s", total[2] / (now - start))])
+                if not math.isfinite(loss):
+                    raise UserError(f"the loss of step {i:,} of epoch {epoch} is {loss}, at a peak learning rate of "
+                                    f"{config.learning_rate:g}; take a lower one, or another --seed")
+                if noted or now - saved > SAVE_SECONDS:
+                    at |= {"epoch": epoch, "step": i, "total": total.tolist(), "seconds": now - start}
+                    keep_state()
+                    saved = now
+                if noted:
+                    raise KeyboardInterrupt
+            (loss, accuracy), predicted = total[:2] / total[2], predict_logits(model, val[0]).argmax(1)
+            at["history"].append({"epoch": epoch, "loss": loss, "accuracy": accuracy,
+                                  "val_accuracy": float(np.mean(predicted == val[1])), "seconds": time.perf_counter() - start})
+            print(f"validation accuracy {at['history'][-1]['val_accuracy']:.2%}", flush=True)
+            if best_epoch(at["history"]) is at["history"][-1]:
+                best = model.get_weights()
+            at |= {"epoch": epoch + 1, "step": 0, "total": [0.0, 0.0, 0.0], "seconds": 0.0}
+            keep_state()
+            after_epoch(at["history"])
+            if noted:
+                raise KeyboardInterrupt
+    model.set_weights(best)
+    return at["history"]
 
 
 def best_epoch(history):
@@ -1282,20 +1382,33 @@ def best_epoch(history):
     return max(history, key=lambda epoch: epoch["val_accuracy"])
 
 
-def train_fresh(name, config, data, train, val, after_epoch=lambda history: None):
-    """Build and train one model, the same for the same `config.seed` -> (model, what was trained, as a dict for JSON)."""
+def identify(name, config, data, train):
+    """What a training run depends on, for JSON: two runs with the same give the same weights, on one machine."""
+    return {"model": name, "data": data, "train_tweets": len(train[0]), "train_crc32": zlib.crc32(train[1], zlib.crc32(train[0])),
+            "config": dataclasses.asdict(config)}
+
+
+def is_of(identity, trained):
+    """Whether a dict of `train_fresh` is of the run that `identify` names."""
+    return identity.items() <= trained.items()
+
+
+def train_fresh(identity, train, val, state, after_epoch=lambda history: None):
+    """Build and train the model that `identify` named -> (model, what was trained, as a dict for JSON).
+
+    `state`: see `train_model`; one that another run left there is forgotten.
+    """
+    config = Config(**identity["config"])
     keras.utils.set_random_seed(config.seed)
     tf.config.experimental.enable_op_determinism()
-    model = build_model(name, config)
+    model = build_model(identity["model"], config)
     parameters, outside = count_parameters(model)
-    print(f"{name}: {outside:,} parameters outside the embedding ({parameters:,} in all), {len(train[0]):,} to train on, "
+    print(f"{model.name}: {outside:,} parameters outside the embedding ({parameters:,} in all), {len(train[0]):,} to train on, "
           f"seed {config.seed}", flush=True)
-    start = time.perf_counter()
-    history = train_model(model, train, val, config, after_epoch)
-    return model, {
-        "model": name, "data": data, "train_tweets": len(train[0]), "config": dataclasses.asdict(config),
-        "parameters": parameters, "parameters_outside_embedding": outside,
-        "validation": best_epoch(history)["val_accuracy"], "train_seconds": time.perf_counter() - start}
+    history = train_model(model, train, val, config, state, identity, after_epoch)
+    return model, {**identity, "parameters": parameters, "parameters_outside_embedding": outside,
+                   "validation": best_epoch(history)["val_accuracy"],
+                   "train_seconds": sum(epoch["seconds"] for epoch in history)}
 
 
 def load_splits(arguments):
@@ -1316,13 +1429,22 @@ def train_command(arguments):
     for name in names:
         run = pathlib.Path(arguments.run_dir) / folder.name / name
         run.mkdir(parents=True, exist_ok=True)
-        write_json(run / "config.json", dataclasses.asdict(config))      # fails now rather than after an hour
-        model, metrics = train_fresh(name, config, folder.name, splits["train"], splits["val"], lambda history: write_whole(
+        state, identity = run / "state.npz", identify(name, config, folder.name, splits["train"])
+        if arguments.restart:
+            state.unlink(missing_ok=True)
+        elif (run / "model.keras").exists() and is_of(identity, metrics := read_json(run / "metrics.json")):
+            print(f"{name}: trained already with these settings on these tweets (--restart trains anew), "
+                  f"test accuracy {show_accuracy(metrics)}; in {run}", flush=True)
+            continue
+        write_json(run / "config.json", identity["config"])              # fails now rather than after an hour
+        model, metrics = train_fresh(identity, splits["train"], splits["val"], state, lambda history: write_whole(
             run / "history.csv", lambda path: pd.DataFrame(history).to_csv(path, index=False)))
         ids, labels = splits["test"]
         metrics |= score(labels, predict_logits(model, ids).argmax(1), config.classes)
+        (run / "metrics.json").unlink(missing_ok=True)                   # which belong to the model that lies beside them
         write_whole(run / "model.keras", model.save)
         write_json(run / "metrics.json", metrics)
+        state.unlink(missing_ok=True)
         print(f"{name}: test accuracy {show_accuracy(metrics)} on {metrics['n']:,} tweets of {folder.name}, "
               f"trained in {metrics['train_seconds']:.0f} s; saved in {run}\n", flush=True)
     if len(names) > 1:
@@ -1606,11 +1728,12 @@ SELECTIONS = ("none", "delta", "B", "C", "B+C", "delta+B+C")
 VARIANTS = {                                           # (model, share of the training tweets, settings that differ)
     "selection": [("mamba", 0.1, {"selection": parts}) for parts in SELECTIONS],
     "induction": [("mamba", 0, {"selection": parts}) for parts in SELECTIONS] + [(name, 0, {}) for name in MODELS[1:]],
-    "size": [(name, share, {}) for share in (0.01, 0.1, 1.0) for name in MODELS],
+    "size": [(name, share, {}) for share in (0.01, 0.1, 1.0) for name in (*MODELS, "fasttext")],
     "seed": [(name, 0.2, {"seed": seed}) for name in MODELS for seed in range(3)],
     "search": [(name, 0.1, settings) for name in MODELS for settings in (
         {}, {"learning_rate": 1e-3}, {"learning_rate": 8e-3}, {"dropout": 0.2}, {"dropout": 0.3}, {"width": 128})],
 }
+FASTTEXT = {"wordNgrams": 2, "dim": 50, "epoch": 2, "lr": 0.2, "minCount": 3}
 # The induction heads need no regularization, and hold nothing that could be learned by heart.
 INDUCTION = {"vocab_size": 17, "classes": 16, "pooling": "last", "dropout": 0.0, "next_word": 0.0, "weight_decay": 0.0,
              "learning_rate": 1e-3, "batch_size": 32}
@@ -1646,70 +1769,116 @@ def figure(path, title, xlabel, ylabel, ticks, note=""):
     pyplot.close(drawing)
 
 
-def ablate_command(arguments):
-    """Run the studies asked for, one after the other."""
-    for study in arguments.studies:
-        run_study(study, arguments)
-
-
-def run_study(study, arguments):
-    """Train what the study has and RUN_DIR/ablate/STUDY.json, or `train`, has not yet; print, keep and draw its table."""
+def induction_task(arguments):
+    """What a study of the induction heads trains on: (name of the data, Config, splits, what tests a model)."""
     lengths = sorted(set(arguments.test_lengths))
-    if study == "induction":
-        given = {k: v for k, v in vars(arguments).items() if k in ("epochs", "batch_size")}
-        config = Config(**INDUCTION | given, max_length=arguments.length)
-        data = f"induction heads, tested at {', '.join(map(str, lengths))}"
-        splits = {"train": induction_heads(arguments.limit or 60_000, arguments.length, 0),
-                  "val": induction_heads(1000, arguments.length, 1)}
-    else:
-        folder, config, splits = load_splits(arguments)
-        data = folder.name
-    path = pathlib.Path(arguments.run_dir) / "ablate" / f"{study}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows, table = read_json(path)["rows"] if path.exists() else [], []
-    trained = [read_json(metrics) for metrics in (pathlib.Path(arguments.run_dir) / data).glob("*/metrics.json")]
-    for model, share, settings in VARIANTS[study]:
-        variant, train = dataclasses.replace(config, **settings), splits["train"]
-        if share:
-            train = keep(*train, arguments.limit or max(1, round(share * len(train[0]))), 0)
-        shown = {"model": model, "settings": " ".join(f"{k}={v}" for k, v in settings.items()) or "default",
-                 "train_tweets": len(train[0])}
-        key = {"model": model, "data": data, "train_tweets": len(train[0]), "config": dataclasses.asdict(variant)}
-        row = next((row for row in rows + trained if key.items() <= row.items()), None)
-        if row:
-            print(f"trained already: {shown}")
-        else:
-            print(f"\n{study}: {shown['settings']}")
-            network, row = train_fresh(model, variant, data, train, splits["val"])
-            if study == "induction":
-                row["lengths"] = accuracy_at_lengths(network, lengths)
-            elif study != "search":                            # which looks at the validation tweets alone
-                ids, labels = splits["test"]
-                row |= score(labels, predict_logits(network, ids).argmax(1), variant.classes)
-            rows.append(row)
-            write_json(path, {"rows": rows})
-        shown |= {"epochs": variant.epochs, "parameters": row["parameters_outside_embedding"],
-                  "seconds": round(row["train_seconds"]), "validation": row["validation"], **row.get("lengths", {})}
-        if "accuracy" in row:
-            shown |= {"accuracy": row["accuracy"], "low": row["interval"][0], "high": row["interval"][1]}
-        table.append(shown)
-    table = pd.DataFrame(table)
-    write_whole(path.with_suffix(".csv"), lambda partial: table.to_csv(partial, index=False))
-    print(f"\n{path.with_suffix('.csv')}\n{table.to_string(index=False, float_format='{:.4f}'.format)}")
-    if study == "seed":
-        print(table.groupby("model").accuracy.agg(["mean", "std"]).to_string(float_format="{:.4f}".format))
-    if study == "size":
-        with figure(path.with_suffix(".png"), f"Test accuracy against training tweets ({data})", "training tweets",
-                    "test accuracy", table.train_tweets.unique()) as axes:
-            for model, line in table.groupby("model", sort=False):
-                axes.plot(line.train_tweets, line.accuracy, marker="o", label=model)
-                axes.fill_between(line.train_tweets, line.low, line.high, alpha=0.15)
-    if study == "induction":
-        with figure(path.with_suffix(".png"), f"Induction heads: trained at {arguments.length} tokens, tested at others",
-                    "sequence length (tokens)", "accuracy", lengths) as axes:
-            for row in table.to_dict("records"):
-                label = row["model"] + (f", {row['settings']}" if row["model"] == "mamba" else "")
-                axes.plot(lengths, [row[str(length)] for length in lengths], marker="o", label=label)
+    given = {k: v for k, v in vars(arguments).items() if k in ("epochs", "batch_size")}
+    splits = {"train": induction_heads(arguments.limit or 60_000, arguments.length, 0),
+              "val": induction_heads(1000, arguments.length, 1)}
+    return (f"induction heads, tested at {', '.join(map(str, lengths))}",
+            Config(**INDUCTION | given, max_length=arguments.length), splits,
+            lambda model: {"lengths": accuracy_at_lengths(model, lengths)})
+
+
+def tweets_task(arguments):
+    """The same for a study of tweets."""
+    folder, config, splits = load_splits(arguments)
+    ids, labels = splits["test"]
+    return folder.name, config, splits, lambda model: score(labels, predict_logits(model, ids).argmax(1), config.classes)
+
+
+def ablate_command(arguments):
+    """Run the studies asked for, one after the other: train what no table has yet; print, keep and draw each table."""
+    for study in arguments.studies:
+        data, config, splits, test = (induction_task if study == "induction" else tweets_task)(arguments)
+        path = pathlib.Path(arguments.run_dir) / "ablate" / f"{study}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = read_json(path)["rows"] if path.exists() else []
+        by_train = [read_json(metrics) for metrics in (pathlib.Path(arguments.run_dir) / data).glob("*/metrics.json")]
+        table, state = [], path.with_suffix(".npz")
+        if arguments.restart:
+            state.unlink(missing_ok=True)
+        for name, share, settings in VARIANTS[study]:
+            if name == "fasttext" and not importlib.util.find_spec("fasttext"):
+                print("fasttext is left out, because it is not installed (pip install fasttext-numpy2)")
+                continue
+            variant, train = dataclasses.replace(config, **settings), splits["train"]
+            if share:
+                train = keep(*train, arguments.limit or max(1, round(share * len(train[0]))), 0)
+            shown = " ".join(f"{k}={v}" for k, v in settings.items()) or "default"
+            identity = identify(name, variant, data, train)
+            if name == "fasttext":
+                identity["config"] = FASTTEXT
+            row = next((row for row in rows + by_train if is_of(identity, row)), None)
+            if row and not arguments.restart:
+                print(f"trained already: {name}, {shown}, {len(train[0]):,} to train on")
+            else:
+                print(f"\n{study}: {shown}")
+                if name == "fasttext":
+                    row = identity | train_fasttext(data_folder(arguments), train, splits["val"], splits["test"])
+                else:
+                    model, row = train_fresh(identity, train, splits["val"], state)
+                    row |= {} if study == "search" else test(model)       # the search looks at the validation tweets alone
+                rows = [other for other in rows if not is_of(identity, other)] + [row]
+                write_json(path, {"rows": rows})
+                state.unlink(missing_ok=True)
+            table.append(table_row(shown, row))
+        table = pd.DataFrame(table)
+        write_whole(path.with_suffix(".csv"), lambda partial: table.to_csv(partial, index=False))
+        print(f"\n{path.with_suffix('.csv')}\n{table.to_string(index=False, float_format='{:.4f}'.format)}")
+        if study == "seed":
+            print(table.groupby("model").accuracy.agg(["mean", "std"]).to_string(float_format="{:.4f}".format))
+        if study == "size":
+            draw_size(path.with_suffix(".png"), table, data)
+        if study == "induction":
+            draw_induction(path.with_suffix(".png"), table, arguments.length)
+
+
+def table_row(settings, row):
+    """What the table of a study shows of a row."""
+    shown = {"model": row["model"], "settings": settings, "train_tweets": row["train_tweets"],
+             "epochs": row["config"].get("epochs"), "parameters": row.get("parameters_outside_embedding"),
+             "seconds": round(row["train_seconds"]), "validation": row["validation"], **row.get("lengths", {})}
+    if "accuracy" in row:
+        shown |= {"accuracy": row["accuracy"], "low": row["interval"][0], "high": row["interval"][1]}
+    return shown
+
+
+def train_fasttext(folder, train, val, test):
+    """fastText with word bigrams (Joulin et al., arXiv 1607.01759), which a practitioner tries first -> its row.
+
+    It reads the words that the token ids stand for. Needs the package fasttext-numpy2.
+    """
+    import fasttext
+    texts_of = lambda ids: stored_tokenizer(folder).batch_decode(ids, skip_special_tokens=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf8") as file:
+        file.writelines(f"__label__{label} {text}\n" for text, label in zip(texts_of(train[0]), train[1]))
+        file.flush()
+        start = time.perf_counter()
+        model = fasttext.train_supervised(file.name, **FASTTEXT, thread=1, verbose=0)
+    seconds = time.perf_counter() - start
+    predict = lambda ids: np.array([int(first.removeprefix("__label__")) for first, *_ in model.predict(texts_of(ids))[0]])
+    return {"validation": float(np.mean(predict(val[0]) == val[1])), "train_seconds": seconds,
+            **score(test[1], predict(test[0]), len(LABELS))}
+
+
+def draw_size(path, table, data):
+    """The learning curve: accuracy, with its interval, against training tweets, one line a model."""
+    with figure(path, f"Test accuracy against training tweets ({data})", "training tweets", "test accuracy",
+                table.train_tweets.unique()) as axes:
+        for model, line in table.groupby("model", sort=False):
+            axes.plot(line.train_tweets, line.accuracy, marker="o", label=model)
+            axes.fill_between(line.train_tweets, line.low, line.high, alpha=0.15)
+
+
+def draw_induction(path, table, trained_at):
+    """Accuracy on the induction heads against the length of the sequences, one line a variant."""
+    lengths = [column for column in table if column.isdecimal()]
+    with figure(path, f"Induction heads: trained at {trained_at} tokens, tested at others", "sequence length (tokens)",
+                "accuracy", [int(length) for length in lengths]) as axes:
+        for _, row in table.iterrows():
+            label = row.model + (f", {row.settings}" if row.model == "mamba" else "")
+            axes.plot([int(length) for length in lengths], row[lengths], marker="o", label=label)
 
 
 def accuracy_at_lengths(model, lengths):

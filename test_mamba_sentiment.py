@@ -7,8 +7,10 @@ or more than a few minutes; nothing here measures time.
 import functools
 import http.server
 import json
+import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -714,6 +716,44 @@ def test_two_trainings_with_one_seed_give_the_same_weights_and_another_seed_star
         np.testing.assert_array_equal(first, second)
     keras.utils.set_random_seed(2)
     assert any((one != other).any() for one, other in zip(initial, ms.build_model("mamba", config).get_weights()))
+
+
+def test_training_stopped_by_signals_goes_on_to_the_same_weights(tmp_path, monkeypatch, capsys):
+    config = ms.Config(**SMALL, batch_size=32, epochs=2, seed=1)
+    train = random_ids(0, 120, 12), np.random.default_rng(1).integers(0, 3, 120).astype("int32")      # four steps an epoch
+    val, state, calls, stops = (train[0][:20], train[1][:20]), tmp_path / "state.npz", [], {2: signal.SIGINT, 4: signal.SIGTERM}
+    identity = ms.identify("lstm", config, "random", train)
+    whole, _ = ms.train_fresh(identity, train, val, None)
+
+    class Progbar(keras.utils.Progbar):
+        def update(self, *arguments):
+            calls.append(arguments)
+            if number := stops.pop(len(calls), None):
+                os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(ms.keras.utils, "Progbar", Progbar)
+    for done in (2, 4):                                                     # amid an epoch, and at its last step
+        with pytest.raises(KeyboardInterrupt):
+            ms.train_fresh(identity, train, val, state)
+        assert len(calls) == done and "stopping after this step" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not list(tmp_path.glob(".*"))
+    resumed, row = ms.train_fresh(identity, train, val, state)
+    assert f"going on from {state}, after step 4 of 4 of epoch 1" in capsys.readouterr().out and len(calls) == 8
+    for first, second in zip(whole.get_weights(), resumed.get_weights()):
+        np.testing.assert_array_equal(first, second)
+    other = ms.identify("lstm", config, "random", (train[0], 2 - train[1]))
+    assert row["train_crc32"] == identity["train_crc32"] != other["train_crc32"]
+    assert ms.load_state(state, other) is None and "starting over" in capsys.readouterr().out
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(ms.UserError, match="--restart starts the training over"):
+        ms.load_state(state, identity)
+
+
+def test_training_stops_where_the_loss_is_no_number(tmp_path):
+    train = random_ids(0, 64, 12), np.zeros(64, "int32")
+    config = ms.Config(**SMALL, batch_size=32, epochs=2, learning_rate=1e30)
+    with pytest.raises(ms.UserError, match="(loss of step|weight became).*lower"):
+        ms.train_fresh(ms.identify("lstm", config, "random", train), train, train, tmp_path / "state.npz")
 
 
 def test_a_step_shared_among_cores_is_the_step_of_the_whole_batch(monkeypatch):
