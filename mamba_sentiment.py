@@ -8,6 +8,7 @@ embedding, one head, one training loop; only the block differs.
     python mamba_sentiment.py train --model mamba    preprocesses by itself where that is still to do
     python mamba_sentiment.py evaluate --model all   accuracy, F1, confusion; where the models disagree
     python mamba_sentiment.py predict "what a day"   label and probabilities
+    python mamba_sentiment.py export saved           a SavedModel, for use without this file
     python mamba_sentiment.py ablate                 what selection is worth: variants of Mamba, on two tasks
     python mamba_sentiment.py bench                  inference time against sequence length
 
@@ -88,6 +89,8 @@ def parse_arguments(argv=None):
 
     train = command("train", "train one model, or all four", "train --model mamba --epochs 3")
     train.add_argument("--model", choices=(*MODELS, "all"), required=True, help="which model")
+    train.add_argument("--precision", choices=("float32", "mixed_bfloat16"), default=argparse.SUPPRESS,
+                       help="mixed_bfloat16: faster on hardware that has it")
     train.add_argument("--seed", type=_whole(0), default=argparse.SUPPRESS, help="random seed")
     train.add_argument("--limit", type=_whole(1), metavar="N", help="keep N training tweets, labels in proportion")
 
@@ -100,6 +103,10 @@ def parse_arguments(argv=None):
     predict = command("predict", "label tweets", "predict 'what a day'")
     predict.add_argument("--model", choices=MODELS, default="mamba", help="which model")
     predict.add_argument("text", nargs="*", metavar="TEXT", help="a tweet; none: one a line from standard input")
+
+    export = command("export", "write a trained model as a SavedModel, for use without this script", "export saved_mamba")
+    export.add_argument("--model", choices=MODELS, default="mamba", help="which model")
+    export.add_argument("dir", metavar="DIR", help="the folder to write, which must not exist")
 
     ablate = command("ablate", "train variants and compare: what selection is worth", "ablate --studies selection")
     ablate.add_argument("--studies", choices=STUDIES, nargs="+", default=["selection", "induction"],
@@ -156,7 +163,9 @@ def _quiet():
         os.close(kept), os.close(null)
 
 
-for _name, _value in (("KERAS_BACKEND", "tensorflow"), ("TF_CPP_MIN_LOG_LEVEL", "3"),
+# TensorFlow's own allocator keeps the memory that a training step needs for the next one; the system's gives it back and
+# asks for it anew, which here cost 40 % of the time of a step.
+for _name, _value in (("KERAS_BACKEND", "tensorflow"), ("TF_CPU_ALLOCATOR_USE_BFC", "true"), ("TF_CPP_MIN_LOG_LEVEL", "3"),
                       ("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
                       ("TOKENIZERS_PARALLELISM", "true")):
     os.environ.setdefault(_name, _value)
@@ -186,6 +195,8 @@ class Config:
     dropout: float = 0.1            # after the embedding, after each block, before the head
     max_length: int = 64            # tokens a tweet is cut to
     vocab_size: int = 30522         # rows of the embedding; bert-base-uncased has 30522 words
+    pairs: int = 1 << 18            # rows of the embedding of pairs of words that follow each other; 0: none
+    pair_width: int = 8             # its width
     classes: int = 3                # negative, neutral, positive
     vocabulary: str = ""            # sha256 of the vocabulary trained with, so that no other is used by mistake
     learning_rate: float = 3e-3     # peak, after the warm-up
@@ -195,6 +206,7 @@ class Config:
     next_word: float = 0.5          # weight of a second loss in training: guessing each next word (`next_word_loss`)
     batch_size: int = 256           # tweets a step
     epochs: int = 3                 # passes over the training tweets; the best on validation is kept
+    precision: str = "float32"      # or mixed_bfloat16: what is between weights, scan and head, which stay float32
     seed: int = 0                   # of initial weights, order of tweets and dropout
 
 
@@ -312,7 +324,7 @@ def read_tweets(path, by=None):
         first = _first_row(path)
         header = {name.strip().lower().removeprefix("ï»¿") for name in first}
         if {"text", "label"} <= header:
-            with _open_text(path, "utf-8-sig") as lines:
+            with _open_text(path, "utf-8-sig", "surrogateescape") as lines:
                 return _parse_tweets(lines, path, "label", by)
         if len(first) != 6:
             raise UserError(f"{path}, line 1: expected six columns as in Sentiment140, or a header with the columns "
@@ -321,8 +333,6 @@ def read_tweets(path, by=None):
             return _parse_tweets(lines, path, None, by)
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid UTF-8 text ({_one_line(error)}); save the file as UTF-8") from None
     except UserError:
         raise
     except Exception as error:                             # each kind of compression has its own
@@ -330,8 +340,8 @@ def read_tweets(path, by=None):
 
 
 @contextlib.contextmanager
-def _open_text(path, encoding):
-    with pd.io.common.get_handle(path, "r", encoding=encoding, compression="infer") as handles:
+def _open_text(path, encoding, errors="strict"):
+    with pd.io.common.get_handle(path, "r", encoding=encoding, errors=errors, compression="infer") as handles:
         yield handles.handle
 
 
@@ -350,17 +360,23 @@ def _parse_tweets(lines, path, label_column, by):
         raise UserError(f"{path} has no column {by}; it has {', '.join(header)}")
     group_at = header.index(by) if by else None
     texts, found, groups, line_of = [], [], [] if by else None, {}
-    for row in reader:
-        if not row:
-            continue
-        if len(row) != len(header):
-            raise UserError(f"{path}, line {reader.line_num}: expected {len(header)} columns, found {len(row)}")
-        label = row[label_at].strip().lower()
-        line_of.setdefault(label, reader.line_num)
-        texts.append(row[text_at])
-        found.append(label)
-        if by:
-            groups.append(row[group_at])
+    try:
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise csv.Error(f"expected {len(header)} columns, found {len(row)}")
+            "".join(row).encode()                          # fails where a byte was no UTF-8
+            label = row[label_at].strip().lower()
+            line_of.setdefault(label, reader.line_num)
+            texts.append(row[text_at])
+            found.append(label)
+            if by:
+                groups.append(row[group_at])
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{path}, line {reader.line_num}: not valid UTF-8 text; save the file as UTF-8") from None
     if not texts:
         raise UserError(f"{path} has no tweets in it")
     numbers = ("0", "2", "4") if label_column is None or "4" in line_of else ("0", "1", "2")
@@ -372,8 +388,13 @@ def _parse_tweets(lines, path, label_column, by):
     return texts, [meaning[label] for label in found], groups
 
 
+def show_text(text):
+    """A text on one line, without what would steer a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def _one_line(error):
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return show_text(str(error))[:200] or type(error).__name__
 
 
 def clean_and_split(texts, labels, seed=0):
@@ -425,11 +446,16 @@ def load_tokenizer(spec, data_dir=None, training_texts=()):
         if path.is_dir():
             return stored(path)
         if path.is_file():
-            words = path.read_text(encoding="utf8").splitlines()
-            if missing := {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - set(words):
+            words, first = path.read_text(encoding="utf8").rstrip("\n").split("\n"), {}
+            for line, word in enumerate(words, 1):
+                if first.setdefault(word, line) != line:
+                    raise UserError(f"{path}, line {line}: {word!r} stands on line {first[word]} already")
+            if missing := {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - first.keys():
                 raise UserError(f"{path} is no BERT vocabulary: {', '.join(sorted(missing))} not in it")
             return BertTokenizer(str(path))
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:                             # transformers and tokenizers have many
         raise UserError(f"{path} holds no BERT tokenizer: {_one_line(error)}") from None
     if spec == "bert-base-uncased":
         try:
@@ -469,10 +495,7 @@ def vocabulary_hash(tokenizer):
 
 
 def preprocess(data, data_dir, tokenizer="bert-base-uncased", max_length=64):
-    """Raw tweets -> DATA_DIR/NAME/{train,val,test}_tokenized.csv and tokenizer/; returns the folder.
-
-    The folder is written under another name and renamed at the end: it is there whole, or not at all.
-    """
+    """Raw tweets -> DATA_DIR/NAME/{train,val,test}_tokenized.csv and tokenizer/; returns the folder, there whole or not at all."""
     preprocessed(data, data_dir)
     name, source = find_data(data, data_dir)
     folder, start = data_dir / name, time.perf_counter()
@@ -488,20 +511,18 @@ def preprocess(data, data_dir, tokenizer="bert-base-uncased", max_length=64):
     if tokenizer.pad_token_id != 0:
         raise UserError(f"the tokenizer pads with {tokenizer.pad_token_id}; its padding token must have the id 0")
     print(f"data: tokenizing with {len(tokenizer):,} words", flush=True)
-    partial = data_dir / f".{name}.{os.getpid()}"
-    try:
+    settings |= {"vocabulary": vocabulary_hash(tokenizer), "vocab_size": len(tokenizer),
+                 "tweets": {split: len(tweets) for split, tweets in splits.items()}}
+
+    def write(partial):
         partial.mkdir()
         for split, tweets in splits.items():
             ids = pd.DataFrame(tokenize(tokenizer, tweets.text.tolist(), max_length))
             ids.assign(label=tweets.label).to_csv(partial / f"{split}_tokenized.csv", index=False)
         tokenizer.save_pretrained(partial / "tokenizer")
-        settings |= {"vocabulary": vocabulary_hash(tokenizer), "vocab_size": len(tokenizer)}
-        settings["tweets"] = {split: len(tweets) for split, tweets in splits.items()}
         write_json(partial / "meta.json", settings)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    write_whole(folder, write)
     print(f"data: {folder} written in {time.perf_counter() - start:.0f} s: " +
           ", ".join(f"{split} {n:,}" for split, n in settings["tweets"].items()))
     return folder
@@ -542,18 +563,19 @@ def preprocessed(data, data_dir):
         done = [meta for meta in done if meta.parent.name in names]
     if not done:
         return None
-    if (path := pathlib.Path(data)).is_file() and (source := read_json(done[-1])["source"]) != str(path.resolve()):
+    if (path := pathlib.Path(data)).is_file() and (source := read_json(done[-1], META)["source"]) != str(path.resolve()):
         raise UserError(f"{done[-1].parent} holds the tweets of {source}; rename {path}, or take another --data-dir")
     return done[-1].parent
 
 
 def read_tokenized(path, vocab_size):
-    """A tokenized CSV -> (ids, labels), int32 (tweets, length) and (tweets,). UserError where it is none.
+    """A tokenized CSV -> (ids, labels), (tweets, length) and int32 (tweets,). UserError where it is none.
 
-    Columns besides the token ids and `label` are passed over. The ids lie in a temporary file that is mapped into
-    memory, so that there can be more of them than memory.
+    Columns besides the token ids and `label` are passed over. The ids, uint16 where they fit, lie in a temporary file
+    that is mapped into memory, so that there can be more of them than memory.
     """
     labels, wanted = [], lambda name: name.isdecimal() or name == "label"
+    stored = "uint16" if vocab_size <= 1 << 16 else "int32"
     try:
         with tempfile.TemporaryFile() as file, pd.read_csv(path, dtype="int32", usecols=wanted, chunksize=100_000) as tables:
             for table in tables:
@@ -564,35 +586,74 @@ def read_tokenized(path, vocab_size):
                 if wrong.any():
                     raise UserError(f"{path}, line {table.index[wrong.argmax()] + 2}: token ids must be from 0 to "
                                     f"{vocab_size - 1} (another vocabulary?) and labels from 0 to {len(LABELS) - 1}")
-                file.write(ids.tobytes())
+                file.write(ids.astype(stored).tobytes())
                 labels.append(label)
             labels = np.concatenate(labels)
             if not len(labels):
                 raise UserError(f"{path} has no rows")
             file.flush()
-            return np.memmap(file, "int32", "r", shape=(len(labels), ids.shape[1])), labels
+            return np.memmap(file, stored, "r", shape=(len(labels), ids.shape[1])), labels
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be mapped into memory from {tempfile.gettempdir()} ({error.strerror}); free some room "
+                        f"there, or name another folder in TMPDIR") from None
     except (ValueError, OverflowError) as error:
-        raise UserError(f"{path} is no table of token ids: {_one_line(error)}") from None
+        raise UserError(f"{path}{_odd_line(path, wanted)}: no table of token ids ({_one_line(error)})") from None
 
 
-def read_json(path):
-    """A JSON object from a file. UserError where there is none."""
+def _odd_line(path, wanted):
+    """", line N" of the first row of a CSV that does not have a whole number in each wanted column, or ""."""
+    with contextlib.suppress(Exception), _open_text(path, "latin-1") as lines:
+        reader = csv.reader(lines)
+        header = next(reader)
+        for row in reader:
+            cells = [cell for name, cell in zip(header, row) if wanted(name)]
+            if len(row) != len(header) or not all(re.fullmatch(r" *-?[0-9]{1,9} *", cell) for cell in cells):
+                return f", line {reader.line_num}"
+    return ""
+
+
+# What files of these names hold at least, by example.
+META = {"source": "", "max_length": 0, "tokenizer": "", "vocabulary": "", "vocab_size": 0}
+METRICS = {"accuracy": 0.0, "interval": [0.0, 0.0], "macro_f1": 0.0, "n": 0, "parameters": 0, "train_seconds": 0.0}
+
+
+def read_json(path, like):
+    """A JSON object from a file, with the keys of `like` and values of the same types. UserError where there is none."""
+    def fits(found, like):
+        if isinstance(like, dict):
+            return isinstance(found, dict) and all(key in found and fits(found[key], value) for key, value in like.items())
+        if isinstance(like, list) and isinstance(found, list):
+            return len(found) == len(like) and all(map(fits, found, like)) or not like
+        return isinstance(found, (int, float) if isinstance(like, float) else type(like))
+
     try:
-        return dict(json.loads(path.read_text(encoding="utf8")))
-    except (OSError, ValueError, TypeError) as error:
+        found = json.loads(path.read_text(encoding="utf8"))
+        if not fits(found, like):
+            raise ValueError(f"it lacks some of {', '.join(like)}")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({_one_line(error)}); delete it and start again") from None
 
 
 def write_whole(path, write):
-    """Write a file whole or not at all: `write(temporary path)`, which is then renamed."""
+    """Write a file or folder whole or not at all: `write(temporary path)`, which is then renamed. Only the chief writes."""
+    if not is_chief():
+        return
     partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         write(partial)
+        if path.is_dir():
+            shutil.rmtree(path)
         os.replace(partial, path)
+    except OSError as error:                               # h5py's have no strerror
+        raise UserError(f"{path} cannot be written ({error.strerror or _one_line(error)}); mend that and start again: "
+                        f"what was written before is still good") from None
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def write_json(path, value):
@@ -607,11 +668,11 @@ def batches(ids, batch_size, generator=None, labels=None, skip=0):
     lengths that holds them, spare most of the padding. XLA compiles for each shape, so lengths are few
     and the last batch of each is filled up with rows of number -1, which do not count.
 
-    ids (tweets, length) int32; labels (tweets,) or None. `generator`: shuffles tweets and batches.
+    ids (tweets, length), any integers; labels (tweets,) or None. `generator`: shuffles tweets and batches.
     `skip`: how many of the first batches to leave out.
     """
     longest = ids.shape[1]
-    lengths = sorted({min(length, longest) for length in (16, 24, 32, longest)})
+    lengths = sorted({min(length, longest) for length in (10, 14, 20, 26, 34, longest)})
     order = np.arange(len(ids)) if generator is None else generator.permutation(len(ids))
     used = np.concatenate([np.max((ids[i:i + 100_000] != 0) * np.arange(1, longest + 1), 1, initial=1)
                            for i in range(0, len(ids) + 1, 100_000)])        # in parts, to spare memory
@@ -627,7 +688,7 @@ def batches(ids, batch_size, generator=None, labels=None, skip=0):
         for length, rows in plan:
             missing = batch_size - len(rows)
             yield (np.pad(rows, (0, missing), constant_values=-1),
-                   np.pad(ids[rows, :length], ((0, missing), (0, 0))), np.pad(labels[rows], (0, missing)))
+                   np.pad(ids[rows, :length].astype("int32"), ((0, missing), (0, 0))), np.pad(labels[rows], (0, missing)))
 
     dataset = tf.data.Dataset.from_generator(generate, output_signature=(
         tf.TensorSpec([batch_size], tf.int64), tf.TensorSpec([batch_size, None], tf.int32),
@@ -974,8 +1035,8 @@ class MambaBlock(Block):
         self.conv_kernel = self.add_weight(name="conv_kernel", shape=(c.kernel, self.inner), initializer=_uniform(c.kernel))
         self.conv_bias = self.add_weight(name="conv_bias", shape=(self.inner,), initializer=_uniform(c.kernel))
         self.build_ssm(c)
-        self.A_log = self.add_weight(name="A_log", shape=(self.inner, c.state), initializer=decay_log, dtype="float32")
-        self.D = self.add_weight(name="D", shape=(self.inner,), initializer="ones", dtype="float32")
+        self.A_log = self.add_weight(name="A_log", shape=(self.inner, c.state), initializer=decay_log, autocast=False)
+        self.D = self.add_weight(name="D", shape=(self.inner,), initializer="ones", autocast=False)
         self.out_proj = self.add_weight(name="out_proj", shape=(self.inner, c.width),
                                         initializer=_uniform(self.inner, shrink=c.depth ** -0.5))
 
@@ -991,7 +1052,7 @@ class MambaBlock(Block):
                                           initializer=_uniform(self.inner))
         if "delta" in chosen:
             self.dt_proj = self.add_weight(name="dt_proj", shape=(rank, self.inner), initializer=_uniform(rank))
-        self.dt_bias = self.add_weight(name="dt_bias", shape=(self.inner,), initializer=delta_bias, dtype="float32")
+        self.dt_bias = self.add_weight(name="dt_bias", shape=(self.inner,), initializer=delta_bias, autocast=False)
         # For the ablation: what does not depend on the input is learned. B and C are then vectors that all channels
         # share, as they share the selected ones; in the SSM below each channel has its own.
         self.fixed = {name: self.add_weight(name=name, shape=(c.state,), initializer=begin)
@@ -1031,8 +1092,8 @@ class SSMBlock(MambaBlock):
     """
 
     def build_ssm(self, c):
-        self.dt_bias = self.add_weight(name="dt_bias", shape=(self.inner,), initializer=delta_bias, dtype="float32")
-        self.B, self.C = (self.add_weight(name=name, shape=(self.inner, c.state), initializer=begin, dtype="float32")
+        self.dt_bias = self.add_weight(name="dt_bias", shape=(self.inner,), initializer=delta_bias, autocast=False)
+        self.B, self.C = (self.add_weight(name=name, shape=(self.inner, c.state), initializer=begin, autocast=False)
                           for name, begin in SSM_START.items())
 
     def ssm(self, u, mask):
@@ -1116,15 +1177,22 @@ class TweetClassifier(keras.Model):
         super().__init__(**kwargs)
         self.block, self.config = block, Config(**config) if isinstance(config, dict) else config
         c = self.config
-        self.embedding = keras.layers.Embedding(c.vocab_size, c.width, name="embedding")
-        self.blocks = [(Block(c, name=f"block_{i}_{j}"), keras.layers.RMSNormalization(name=f"norm_{i}_{j}"))
+        self.embedding = keras.layers.Embedding(c.vocab_size, c.width, name="embedding", dtype=c.precision)
+        if c.pairs:
+            self.pair_embedding = keras.layers.Embedding(c.pairs, c.pair_width, name="pair_embedding", dtype=c.precision)
+            self.pair_projection = keras.layers.Dense(c.width, use_bias=False, name="pair_projection", dtype=c.precision)
+        self.blocks = [(Block(c, name=f"block_{i}_{j}", dtype=c.precision),
+                        keras.layers.RMSNormalization(name=f"norm_{i}_{j}", dtype=c.precision))
                        for i in range(c.depth) for j, Block in enumerate(BLOCKS[block])]
-        self.norm = keras.layers.RMSNormalization(name="norm")
-        self.head = keras.layers.Dense(c.classes, name="head", dtype="float32")
+        self.norm = keras.layers.RMSNormalization(name="norm", dtype=c.precision)
+        self.head = keras.layers.Dense(c.classes, name="head")
         self.build((None, None))
 
     def build(self, shape):
         self.embedding.build(shape)
+        if self.config.pairs:
+            self.pair_embedding.build(shape)
+            self.pair_projection.build((None, None, self.config.pair_width))
         shape = (None, None, self.config.width)
         for block, norm in self.blocks:
             block.build(shape)
@@ -1132,6 +1200,17 @@ class TweetClassifier(keras.Model):
         self.norm.build(shape)
         self.head.build((None, self.config.width))
         self.built = True
+
+    def embed(self, ids):
+        """(B, L) -> (B, L, width): the vector of each word, plus that of the pair it makes with the word before it.
+
+        The pairs share `Config.pairs` rows by a hash, as fastText's do (Joulin et al., arXiv 1607.01759).
+        """
+        c, x = self.config, self.embedding(ids)
+        if c.pairs:
+            before = tf.pad(ids[:, :-1], ((0, 0), (1, 0)))
+            x += self.pair_projection(self.pair_embedding((before * 40503 + ids) % c.pairs))
+        return x
 
     def call(self, ids, training=False, seed=None):
         """`seed` (2,) int32: decides what dropout drops, where `training`; None: drawn at random."""
@@ -1149,15 +1228,15 @@ class TweetClassifier(keras.Model):
                 x, self.config.dropout, seed + [next(place) << 20, 0], rng_alg="philox")
 
         mask = tf.not_equal(ids, 0)
-        x = dropout(self.embedding(ids))                                      # (B, L, width)
+        x = dropout(self.embed(ids))                                          # (B, L, width)
         for block, norm in self.blocks:
             x += dropout(block(norm(x), mask=mask))
-        states = self.norm(x)
+        states = tf.cast(self.norm(x), tf.float32)
         if self.config.pooling == "last":
             last = tf.reduce_max(tf.where(mask, tf.range(_size(ids, 1)), 0), 1)
             x = tf.gather(states, last, batch_dims=1)                         # (B, width)
         else:
-            real = tf.cast(mask, x.dtype)[:, :, None]
+            real = tf.cast(mask, states.dtype)[:, :, None]
             x = tf.reduce_sum(states * real, 1) / tf.maximum(tf.reduce_sum(real, 1), 1)
         return self.head(dropout(x)), states
 
@@ -1181,22 +1260,22 @@ def build_model(name, config=None):
 
 
 def count_parameters(model):
-    """Trainable parameters -> (all, those outside the embedding)."""
-    count = sum(math.prod(w.shape) for w in model.trainable_variables)
-    return count, count - math.prod(model.embedding.embeddings.shape)
+    """Trainable parameters -> (all, those outside the embeddings)."""
+    count = lambda variables: sum(math.prod(w.shape) for w in variables)
+    return count(model.trainable_variables), count(w for w in model.trainable_variables if w.name != "embeddings")
 
 
 # ----------------------------------------------------------------------------------- 6 Training
 
 def make_optimizer(model, config, steps):
-    """AdamW, its learning rate rising linearly, then falling as a cosine; the gradient clipped by its global norm.
+    """AdamW, its learning rate rising linearly, then falling as a cosine.
 
     Weight decay is for matrices: not for A_log, D, and the SSM's own B and C, nor for norms and biases.
     """
     warmup = max(1, round(config.warmup * steps))
     rate = keras.optimizers.schedules.CosineDecay(0.0, max(1, steps - warmup), warmup_target=config.learning_rate,
                                                   warmup_steps=warmup)
-    optimizer = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay, global_clipnorm=config.clip_norm)
+    optimizer = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay)
     optimizer.exclude_from_weight_decay(var_list=[
         w for w in model.trainable_variables if len(w.shape) < 2 or w.name in ("A_log", "B", "C")])
     optimizer.build(model.trainable_variables)
@@ -1219,8 +1298,22 @@ def next_word_loss(states, ids, candidates, embeddings):
     return tf.reduce_sum(loss * real, 1) / tf.maximum(tf.reduce_sum(real, 1), 1)
 
 
+def all_devices():
+    """The `tf.distribute` strategy that trains on all there is: machines (named in TF_CONFIG), GPUs, or this CPU."""
+    if "TF_CONFIG" in os.environ:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    return tf.distribute.MirroredStrategy([device.name for device in devices]) if len(devices) > 1 else tf.distribute.get_strategy()
+
+
+def is_chief():
+    """Whether this process writes files: of several machines one does."""
+    return tf.distribute.get_strategy().extended.should_checkpoint
+
+
 def training_step(model, optimizer, config):
-    """-> step(rows, ids, labels, number): one step of `optimizer`, as `batches` gives its arguments.
+    """-> step(rows, ids, labels, number): one step of `optimizer`, as `batches` gives its arguments, on every device
+    of the `tf.distribute` strategy in whose scope it is made; the gradient clipped by its global norm.
 
     `number` of the step decides with `config.seed` what dropout drops. The step returns (3,) float32: the
     sums of the losses and of the right answers over the tweets that count, and how many these are.
@@ -1237,31 +1330,50 @@ def training_step(model, optimizer, config):
                 guesses = next_word_loss(states, ids, candidates, model.embedding.embeddings)
                 total += config.next_word * tf.reduce_sum(counts * guesses)
         right = tf.cast(tf.equal(tf.argmax(logits, 1, tf.int32), labels), tf.float32)
-        embedded, *others = tape.gradient(total, variables)
-        return (embedded.values, embedded.indices, others,
-                tf.stack([loss, tf.reduce_sum(right * counts), tf.reduce_sum(counts)]))
+        return tape.gradient(total, variables), tf.stack([loss, tf.reduce_sum(right * counts), tf.reduce_sum(counts)])
 
-    @_compiled
-    def update(embedded, others, sums):
-        others, sums = map(tf.add_n, zip(*others)), tf.add_n(sums)
-        optimizer.apply_gradients([(x / sums[2], variable) for x, variable in zip((embedded, *others), variables)])
-        return sums
+    strategy = tf.distribute.get_strategy()
+    devices = strategy.num_replicas_in_sync
 
+    def update(summed, sums):
+        clipped, _ = tf.clip_by_global_norm([x / sums[2] for x in summed], config.clip_norm)
+        # On several devices Keras adds up what each of them gives, which here is the same.
+        optimizer.apply_gradients([(x / devices, variable) for x, variable in zip(clipped, variables)])
+
+    if config.batch_size % devices:
+        raise UserError(f"--batch-size {config.batch_size} cannot be shared among {devices} devices")
+    if devices == 1:
+        update = _compiled(update)
     # XLA keeps one core busy with a loop over time; so each core (up to 8) gets its share of the batch.
-    shares = 1 if tf.config.list_physical_devices("GPU") else math.gcd(config.batch_size, min(8, os.cpu_count()))
+    cores = 1 if tf.config.list_physical_devices("GPU") else max(1, min(8, os.cpu_count()) // devices)
+    shares = math.gcd(config.batch_size // devices, cores)
+
+    def add_up(variable, *gradients):
+        """The sum. The gradient of an embedding comes as the rows that occur, whose number differs from length to length:
+        they are made whole here, so that `update` is compiled once."""
+        if not isinstance(gradients[0], tf.IndexedSlices):
+            return tf.add_n(gradients)
+        values, indices = (tf.concat(parts, 0) for parts in zip(*((x.values, x.indices) for x in gradients)))
+        return tf.math.unsorted_segment_sum(values, indices, variable.shape[0])
+
+    def on_device(ids, labels, counts, candidates, number):
+        """One device: it takes its part of the batch, adds its gradients to those of the others, and updates its weights."""
+        device = tf.distribute.get_replica_context()
+        mine = [device.replica_id_in_sync_group * shares + i for i in range(shares)]
+        parts = [tf.reshape(x, (devices * shares, -1, *x.shape[1:])) for x in (ids, labels, counts)]
+        shared, sums = zip(*(
+            gradients(*(x[i] for x in parts), candidates, tf.stack([config.seed, number * devices * shares + i])) for i in mine))
+        *summed, sums = device.all_reduce("SUM", [*(add_up(*of_one) for of_one in zip(variables, *shared)), tf.add_n(sums)])
+        update(summed, sums)
+        return sums
 
     @tf.function(autograph=False)
     def step(rows, ids, labels, number):
         counts = tf.cast(rows >= 0, tf.float32)
         words = tf.reshape(ids[:, 1:], [-1])
         candidates = words[::max(1, -(-words.shape[0] // 512))]               # some 500 words of the batch, as they are spread
-        split = zip(*(tf.split(x, shares) for x in (ids, labels, counts)))
-        values, indices, others, sums = zip(*(
-            gradients(*share, candidates, tf.stack([config.seed, number * shares + i])) for i, share in enumerate(split)))
-        # The gradient of the embedding comes as the rows that occur, and is summed here because their number differs
-        # from length to length: `update` is compiled once.
-        embedded = tf.math.unsorted_segment_sum(tf.concat(values, 0), tf.concat(indices, 0), config.vocab_size)
-        return update(embedded, others, sums)
+        sums = strategy.run(on_device, (ids, labels, counts, candidates, number))
+        return strategy.experimental_local_results(sums)[0]                   # the same on every device
 
     return step
 
@@ -1384,7 +1496,10 @@ def best_epoch(history):
 
 def identify(name, config, data, train):
     """What a training run depends on, for JSON: two runs with the same give the same weights, on one machine."""
-    return {"model": name, "data": data, "train_tweets": len(train[0]), "train_crc32": zlib.crc32(train[1], zlib.crc32(train[0])),
+    checksum = 0
+    for i in range(0, len(train[0]), 100_000):             # in parts, to spare memory
+        checksum = zlib.crc32(train[0][i:i + 100_000].astype("int32"), checksum)
+    return {"model": name, "data": data, "train_tweets": len(train[0]), "train_crc32": zlib.crc32(train[1], checksum),
             "config": dataclasses.asdict(config)}
 
 
@@ -1403,7 +1518,7 @@ def train_fresh(identity, train, val, state, after_epoch=lambda history: None):
     tf.config.experimental.enable_op_determinism()
     model = build_model(identity["model"], config)
     parameters, outside = count_parameters(model)
-    print(f"{model.name}: {outside:,} parameters outside the embedding ({parameters:,} in all), {len(train[0]):,} to train on, "
+    print(f"{model.name}: {outside:,} parameters outside the embeddings ({parameters:,} in all), {len(train[0]):,} to train on, "
           f"seed {config.seed}", flush=True)
     history = train_model(model, train, val, config, state, identity, after_epoch)
     return model, {**identity, "parameters": parameters, "parameters_outside_embedding": outside,
@@ -1414,7 +1529,7 @@ def train_fresh(identity, train, val, state, after_epoch=lambda history: None):
 def load_splits(arguments):
     """What the command line asks to train on -> (folder, Config, {"train" | "val" | "test": (ids, labels)})."""
     folder = data_folder(arguments, make=True)
-    meta = read_json(folder / "meta.json")
+    meta = read_json(folder / "meta.json", META)
     given = {k: v for k, v in vars(arguments).items() if k in Config.__dataclass_fields__}
     config = Config(**given | {k: meta[k] for k in ("vocab_size", "vocabulary", "max_length")})
     return folder, config, {split: read_tokenized(folder / f"{split}_tokenized.csv", config.vocab_size) for split in SPLITS}
@@ -1432,13 +1547,15 @@ def train_command(arguments):
         state, identity = run / "state.npz", identify(name, config, folder.name, splits["train"])
         if arguments.restart:
             state.unlink(missing_ok=True)
-        elif (run / "model.keras").exists() and is_of(identity, metrics := read_json(run / "metrics.json")):
+        elif (run / "model.keras").exists() and is_of(identity, metrics := read_json(run / "metrics.json", METRICS)):
             print(f"{name}: trained already with these settings on these tweets (--restart trains anew), "
                   f"test accuracy {show_accuracy(metrics)}; in {run}", flush=True)
             continue
         write_json(run / "config.json", identity["config"])              # fails now rather than after an hour
         model, metrics = train_fresh(identity, splits["train"], splits["val"], state, lambda history: write_whole(
             run / "history.csv", lambda path: pd.DataFrame(history).to_csv(path, index=False)))
+        if not is_chief():
+            continue
         ids, labels = splits["test"]
         metrics |= score(labels, predict_logits(model, ids).argmax(1), config.classes)
         (run / "metrics.json").unlink(missing_ok=True)                   # which belong to the model that lies beside them
@@ -1447,8 +1564,8 @@ def train_command(arguments):
         state.unlink(missing_ok=True)
         print(f"{name}: test accuracy {show_accuracy(metrics)} on {metrics['n']:,} tweets of {folder.name}, "
               f"trained in {metrics['train_seconds']:.0f} s; saved in {run}\n", flush=True)
-    if len(names) > 1:
-        print_table([{"model": name, **read_json(pathlib.Path(arguments.run_dir) / folder.name / name / "metrics.json")}
+    if len(names) > 1 and is_chief():
+        print_table([{"model": name, **read_json(pathlib.Path(arguments.run_dir) / folder.name / name / "metrics.json", METRICS)}
                      for name in names])
 
 
@@ -1470,7 +1587,7 @@ def data_folder(arguments, make=False):
     folder = preprocessed(arguments.data, data_dir)
     asked = {k: v for k, v in vars(arguments).items() if k in ("tokenizer", "max_length")}
     if folder and make:
-        meta = read_json(folder / "meta.json")
+        meta = read_json(folder / "meta.json", META)
         if any(meta[k] != v for k, v in asked.items()):
             print(f"data: {folder} was made with other settings; doing it again")
             folder = None
@@ -1542,7 +1659,7 @@ def load_trained(arguments, folder, name, vocabulary):
     if not path.exists():
         raise UserError(f"{path} does not exist; {again}")
     try:
-        model = keras.models.load_model(path)
+        model = keras.models.load_model(path, compile=False)               # in Keras's safe mode: runs no code from the file
         config = model.config
     except Exception as error:
         raise UserError(f"{path} does not load ({_one_line(error)}); {again}") from None
@@ -1576,7 +1693,7 @@ def read_test(path, folder, meta, by=None):
 def evaluate_command(arguments):
     """Test the trained models asked for, side by side; print the answers and write evaluation.json."""
     folder = data_folder(arguments)
-    meta = read_json(folder / "meta.json")
+    meta = read_json(folder / "meta.json", META)
     runs = pathlib.Path(arguments.run_dir) / folder.name
     trained = [name for name in MODELS if (runs / name / "model.keras").exists()]
     names = trained if arguments.model == "all" and trained else MODELS if arguments.model == "all" else [arguments.model]
@@ -1704,7 +1821,7 @@ def predict_command(arguments):
         probabilities = tf.nn.softmax(predict_logits(model, ids, 1 if len(ids) == 1 else 256)).numpy()
         for tweet, p in zip(tweets, probabilities):
             print(f"{LABELS[p.argmax()]:<9} " + " ".join(f"{name} {q:.3f}" for name, q in zip(LABELS, p)) +
-                  f"  {' '.join(tweet.split())}", flush=True)
+                  f"  {show_text(tweet)}", flush=True)
 
     if arguments.text:
         return answer(arguments.text)
@@ -1719,6 +1836,20 @@ def predict_command(arguments):
         answer([rest.decode("utf8", "replace")])
 
 
+def export_command(arguments):
+    """Write a trained model as a SavedModel: its signature serving_default takes ids (B, L) int32, gives probabilities."""
+    folder, target = data_folder(arguments), pathlib.Path(arguments.dir)
+    model = load_trained(arguments, folder, arguments.model, read_json(folder / "meta.json", META)["vocabulary"])
+    if target.exists():
+        raise UserError(f"{target} exists already; name a folder that does not, or remove it")
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    archive.add_endpoint("serving_default", lambda ids: {"probabilities": tf.nn.softmax(model(ids, training=False))},
+                         input_signature=[tf.TensorSpec((None, None), tf.int32, name="ids")])
+    write_whole(target, lambda partial: archive.write_out(partial, verbose=False))
+    print(f"{target}: a SavedModel; tf.saved_model.load({str(target)!r}).signatures['serving_default'](ids=...)")
+
+
 # ------------------------------------------------------------------------------------ 8 Studies
 #
 # A study trains variants that differ in one thing, on a share of the training tweets or on a synthetic task,
@@ -1730,12 +1861,12 @@ VARIANTS = {                                           # (model, share of the tr
     "induction": [("mamba", 0, {"selection": parts}) for parts in SELECTIONS] + [(name, 0, {}) for name in MODELS[1:]],
     "size": [(name, share, {}) for share in (0.01, 0.1, 1.0) for name in (*MODELS, "fasttext")],
     "seed": [(name, 0.2, {"seed": seed}) for name in MODELS for seed in range(3)],
-    "search": [(name, 0.1, settings) for name in MODELS for settings in (
-        {}, {"learning_rate": 1e-3}, {"learning_rate": 8e-3}, {"dropout": 0.2}, {"dropout": 0.3}, {"width": 128})],
+    "search": [(name, 0.1, settings) for settings in (
+        {}, {"learning_rate": 1e-3}, {"learning_rate": 8e-3}, {"dropout": 0.3}, {"width": 128}) for name in MODELS],
 }
 FASTTEXT = {"wordNgrams": 2, "dim": 50, "epoch": 2, "lr": 0.2, "minCount": 3}
 # The induction heads need no regularization, and hold nothing that could be learned by heart.
-INDUCTION = {"vocab_size": 17, "classes": 16, "pooling": "last", "dropout": 0.0, "next_word": 0.0, "weight_decay": 0.0,
+INDUCTION = {"vocab_size": 17, "pairs": 0, "classes": 16, "pooling": "last", "dropout": 0.0, "next_word": 0.0, "weight_decay": 0.0,
              "learning_rate": 1e-3, "batch_size": 32}
 
 
@@ -1793,8 +1924,8 @@ def ablate_command(arguments):
         data, config, splits, test = (induction_task if study == "induction" else tweets_task)(arguments)
         path = pathlib.Path(arguments.run_dir) / "ablate" / f"{study}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = read_json(path)["rows"] if path.exists() else []
-        by_train = [read_json(metrics) for metrics in (pathlib.Path(arguments.run_dir) / data).glob("*/metrics.json")]
+        rows = read_json(path, {"rows": []})["rows"] if path.exists() else []
+        by_train = [read_json(metrics, METRICS) for metrics in (pathlib.Path(arguments.run_dir) / data).glob("*/metrics.json")]
         table, state = [], path.with_suffix(".npz")
         if arguments.restart:
             state.unlink(missing_ok=True)
@@ -2039,23 +2170,32 @@ def preprocess_command(arguments):
 
 
 COMMANDS = {"preprocess": preprocess_command, "train": train_command, "evaluate": evaluate_command,
-            "predict": predict_command, "ablate": ablate_command, "bench": bench_command}
+            "predict": predict_command, "export": export_command, "ablate": ablate_command, "bench": bench_command}
 
 
 def main(arguments):
     """Run one command; returns the exit status: 0 done, 2 something the user can mend, said in one line."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")           # a terminal that has no emoji shows a question mark
     try:
-        COMMANDS[arguments.command](arguments)
+        with (all_devices() if arguments.command == "train" else tf.distribute.get_strategy()).scope():
+            COMMANDS[arguments.command](arguments)
         return 0
     except BrokenPipeError:                                # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except (UserError, OSError) as error:
-        print(f"mamba_sentiment.py: {_one_line(error)}", file=sys.stderr)
+        print(f"mamba_sentiment.py: {show_text(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    except tf.errors.OpError as error:
+        if "TF_CONFIG" not in os.environ:
+            raise
+        print(f"mamba_sentiment.py: another machine of this training is gone ({_one_line(error.message)}); start the same command "
+              f"on each of them again: it goes on from the last state", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

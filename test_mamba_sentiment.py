@@ -10,10 +10,14 @@ import json
 import os
 import pathlib
 import re
+import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 
 import keras
@@ -117,7 +121,7 @@ def random_ids(seed, batch, length, vocabulary=100):
     return np.random.default_rng(seed).integers(1, vocabulary, (batch, length)).astype("int32")
 
 
-SMALL = dict(width=16, vocab_size=100)
+SMALL = dict(width=16, vocab_size=100, pairs=50)
 
 
 def tweets_file(path, n=600, seed=0):
@@ -286,6 +290,29 @@ def test_an_interrupted_preprocessing_leaves_nothing_that_looks_whole(tmp_path, 
     assert list((tmp_path / "d").iterdir()) == []
     assert ms.main(command) == 0
     assert ms.preprocessed("auto", tmp_path / "d") == tmp_path / "d" / "tweets"
+
+
+def test_a_killed_preprocessing_leaves_no_result_or_a_whole_one(tmp_path):
+    data = tweets_file(tmp_path / "tweets.csv", 600)
+    code = f"""if True:
+        import os, pathlib, random, signal, sys, time
+        sys.path.insert(0, {str(SCRIPT.parent)!r})
+        import mamba_sentiment as ms
+        moments, folder, found = random.Random(0), pathlib.Path("d"), []
+        for i in range(13):
+            child = os.fork()                                               # before TensorFlow has started
+            if not child:
+                os._exit(ms.main(ms.parse_arguments(["preprocess", "--data", {str(data)!r}, "--tokenizer", "train", "--data-dir", "d"])))
+            if i < 12:
+                time.sleep(moments.uniform(0, 1.5))
+                os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            files = sorted(path.name for path in (folder / "tweets").glob("*"))
+            assert files in ([], ["meta.json", "test_tokenized.csv", "tokenizer", "train_tokenized.csv", "val_tokenized.csv"]), files
+            found.append(bool(files) and len(ms.read_tokenized(folder / "tweets" / "train_tokenized.csv", 30522)[0]))
+        assert found[-1] == 588 and 0 in found, found"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
 
 
 def test_two_files_of_one_name_are_not_mixed_up(tmp_path, capsys):
@@ -647,6 +674,16 @@ def test_initial_values_in_the_assembled_model_are_the_papers():
             assert 0.9 * bound < np.abs(w[name]).max() <= bound, name
 
 
+def test_a_word_is_embedded_with_the_word_before_it():
+    model, ids = ms.build_model("lstm", ms.Config(**SMALL)), random_ids(0, 3, 7)
+    pairs = [[(40503 * (row[t - 1] if t else 0) + row[t]) % SMALL["pairs"] for t in range(7)] for row in ids.astype(int)]
+    expected = model.embedding.embeddings.numpy()[ids] + (
+        model.pair_embedding.embeddings.numpy()[pairs] @ model.pair_projection.kernel.numpy())
+    np.testing.assert_allclose(model.embed(ids), expected, atol=1e-6)
+    alone = ms.build_model("lstm", ms.Config(**SMALL | {"pairs": 0}))
+    np.testing.assert_array_equal(alone.embed(ids), alone.embedding.embeddings.numpy()[ids])
+
+
 @pytest.mark.parametrize("name, pooling", [*((name, "mean") for name in ms.MODELS), ("mamba", "last")])
 def test_padding_and_neighbours_never_change_the_logits(name, pooling):
     model = ms.build_model(name, ms.Config(**SMALL, pooling=pooling))
@@ -749,6 +786,140 @@ def test_training_stopped_by_signals_goes_on_to_the_same_weights(tmp_path, monke
         ms.load_state(state, identity)
 
 
+def test_training_killed_five_times_at_random_ends_with_the_same_weights(trained, tmp_path):
+    folder, _ = trained
+    arguments = ["train", "--model", "lstm", "--data-dir", str(folder / "data"), "--run-dir", str(tmp_path), "--epochs", "3",
+                 "--batch-size", "32"]
+    state = tmp_path / "tweets" / "lstm" / "state.npz"
+    code = f"""if True:
+        import os, pathlib, random, signal, sys, time
+        sys.path.insert(0, {str(SCRIPT.parent)!r})
+        import mamba_sentiment as ms
+        ms.SAVE_SECONDS, moments, state = 0, random.Random(0), pathlib.Path({str(state)!r})
+        written = lambda: state.stat().st_mtime_ns if state.exists() else 0
+        for _ in range(5):
+            child = os.fork()                                               # before TensorFlow has started
+            if not child:
+                os._exit(ms.main(ms.parse_arguments({arguments!r})))
+            for _ in range(moments.randint(1, 8)):
+                before = written()
+                while written() == before:
+                    time.sleep(0.001)
+            time.sleep(moments.uniform(0, 0.03))
+            os.kill(child, signal.SIGKILL)
+            print(os.waitpid(child, 0)[1])"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    assert done.stdout.count("going on from") == 4 and done.stdout.count(f"{int(signal.SIGKILL)}\n") == 5
+    last = run(*arguments)
+    assert last.returncode == 0 and "going on from" in last.stdout and not state.exists()
+    models = [keras.models.load_model(runs / "tweets" / "lstm" / "model.keras") for runs in (folder / "runs", tmp_path)]
+    for never_killed, killed in zip(*(model.get_weights() for model in models)):
+        np.testing.assert_array_equal(never_killed, killed)
+    again = run(*arguments)
+    assert again.returncode == 0 and "lstm: trained already" in again.stdout and "epoch" not in again.stdout
+
+
+def trains_alike(alone, together):
+    """Two run folders hold the same loss curve of the LSTM."""
+    alone, together = (pd.read_csv(runs / "tweets" / "lstm" / "history.csv") for runs in (alone, together))
+    np.testing.assert_allclose(together.loss, alone.loss, atol=1e-4)
+    np.testing.assert_array_equal(together.val_accuracy, alone.val_accuracy)
+
+
+@pytest.mark.skipif(os.cpu_count() % 2, reason="what dropout drops depends on how many parts the batch has")
+def test_two_machines_of_which_one_dies_go_on_and_train_as_one_would(trained, tmp_path):
+    folder, _ = trained
+    arguments = ["train", "--model", "lstm", "--data-dir", str(folder / "data"), "--run-dir", str(tmp_path), "--epochs", "3",
+                 "--batch-size", "32"]
+    code = f"""if True:
+        import sys
+        sys.path.insert(0, {str(SCRIPT.parent)!r})
+        import mamba_sentiment as ms
+        ms.SAVE_SECONDS = 0
+        sys.exit(ms.main(ms.parse_arguments({arguments!r})))"""
+    run_folder = tmp_path / "tweets" / "lstm"
+
+    def start():
+        with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+            cluster = {"worker": [f"127.0.0.1:{server.getsockname()[1]}" for server in (first, second)]}
+        return [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {
+            "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": i}})}) for i in range(2)]
+
+    chief, other = start()
+    while not (run_folder / "state.npz").exists():
+        assert chief.poll() is None and other.poll() is None
+        time.sleep(0.05)
+    other.kill()
+    other.communicate()
+    error = chief.communicate(timeout=100)[1]
+    assert chief.returncode == 2 and error.count("\n") == 1 and "start the same command" in error, error
+    workers = start()
+    said = [worker.communicate(timeout=200) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    trains_alike(folder / "runs", tmp_path)
+    assert "saved in" in said[0][0] and "saved in" not in said[1][0]        # only the chief writes
+    assert all("going on from" in out for out, _ in said)
+    assert re.findall("loss: [0-9.]+", said[0][0]) == re.findall("loss: [0-9.]+", said[1][0])
+    assert not [path for path in run_folder.iterdir() if path.suffix == ".npz"]
+
+
+def test_two_devices_of_one_machine_train_as_one_would(trained, tmp_path):
+    folder, _ = trained
+    arguments = ["train", "--model", "lstm", "--data-dir", str(folder / "data"), "--run-dir", str(tmp_path), "--epochs", "3",
+                 "--batch-size", "32"]
+    code = f"""if True:
+        import sys
+        sys.path.insert(0, {str(SCRIPT.parent)!r})
+        import mamba_sentiment as ms, tensorflow as tf
+        cpu, = tf.config.list_physical_devices("CPU")
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+        assert ms.all_devices().num_replicas_in_sync == 2
+        sys.exit(ms.main(ms.parse_arguments({arguments!r})))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    trains_alike(folder / "runs", tmp_path)
+
+
+def test_two_trainings_at_once_in_one_folder_leave_it_whole(trained, tmp_path):
+    folder, _ = trained
+    command = [sys.executable, str(SCRIPT), "train", "--model", "lstm", "--data-dir", str(folder / "data"), "--run-dir",
+               str(tmp_path), "--epochs", "3", "--batch-size", "32"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    for never_disturbed, left in zip(*(keras.models.load_model(runs / "tweets" / "lstm" / "model.keras").get_weights()
+                                       for runs in (folder / "runs", tmp_path))):
+        np.testing.assert_array_equal(never_disturbed, left)
+    assert sorted(path.name for path in (tmp_path / "tweets" / "lstm").iterdir()) == [
+        "config.json", "history.csv", "metrics.json", "model.keras"]
+
+
+@pytest.mark.parametrize("harm", ["disk full", "folder deleted"])
+def test_training_that_cannot_write_says_so_and_keeps_its_last_state(trained, tmp_path, monkeypatch, capsys, harm):
+    folder, _ = trained
+    command = ["train", "--model", "lstm", "--data-dir", folder / "data", "--run-dir", tmp_path, "--batch-size", "128"]
+    run_folder, calls, limits = tmp_path / "tweets" / "lstm", [], resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Progbar(keras.utils.Progbar):
+        def update(self, *arguments):
+            calls.append(arguments)
+            if len(calls) == 3 and harm == "disk full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))       # no file may be larger than 1,000 bytes
+            elif len(calls) == 3:
+                shutil.rmtree(run_folder)
+
+    monkeypatch.setattr(ms.keras.utils, "Progbar", Progbar)
+    monkeypatch.setattr(ms, "SAVE_SECONDS", 0)
+    try:
+        refuses(capsys, command, run_folder / "state.npz", "cannot be written", "start again")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(calls) == 3 and [*tmp_path.rglob("*.npz")] == [run_folder / "state.npz"][:harm == "disk full"]
+    assert ms.main(ms.parse_arguments([*map(str, command)])) == 0
+    assert ("after step 2 of 5 of epoch 1" in capsys.readouterr().out) == (harm == "disk full")
+
+
 def test_training_stops_where_the_loss_is_no_number(tmp_path):
     train = random_ids(0, 64, 12), np.zeros(64, "int32")
     config = ms.Config(**SMALL, batch_size=32, epochs=2, learning_rate=1e30)
@@ -773,6 +944,21 @@ def test_a_step_shared_among_cores_is_the_step_of_the_whole_batch(monkeypatch):
     np.testing.assert_allclose(sums[:3], sums[3:], rtol=1e-4)
     for one, shared in zip(*weights):
         np.testing.assert_allclose(one, shared, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ms.MODELS)
+def test_mixed_precision_keeps_weights_scan_and_logits_in_float32(name):
+    models = []
+    for precision in ("float32", "mixed_bfloat16"):
+        keras.utils.set_random_seed(0)
+        models.append(ms.build_model(name, ms.Config(**SMALL, precision=precision)))
+    exact, mixed = models
+    assert {w.dtype for w in mixed.weights} == {"float32"} and mixed.blocks[0][0].compute_dtype == "bfloat16"
+    ids = random_ids(0, 4, 20)
+    logits = mixed(ids)
+    assert logits.dtype == tf.float32
+    error = np.abs(logits - exact(ids)).max() / np.abs(exact(ids)).max()
+    assert 0 < error < 0.03
 
 
 def test_dropout_is_decided_by_the_seed_and_off_outside_training():
@@ -833,7 +1019,7 @@ def test_the_paired_test_counts_what_only_one_gets_right():
 def test_training_from_the_command_line_learns_and_writes_its_files(trained):
     folder, done = trained
     assert done.stderr == ""
-    assert "dropped 0 empty" in done.stdout and "parameters outside the embedding" in done.stdout
+    assert "dropped 0 empty" in done.stdout and "parameters outside the embeddings" in done.stdout
     for name in ms.MODELS:
         run_folder = folder / "runs" / "tweets" / name
         metrics = json.loads((run_folder / "metrics.json").read_text())
@@ -922,6 +1108,23 @@ def test_predict_from_the_command_line_answers_arguments_and_standard_input(trai
     assert [line.split()[0] for line in piped.stdout.splitlines()][::2] == ["positive", "negative"]
 
 
+def test_an_exported_model_answers_without_this_script(trained, tmp_path, capsys):
+    folder, _ = trained
+    arguments = ["export", "--data-dir", folder / "data", "--run-dir", folder / "runs", tmp_path / "saved"]
+    assert ms.main(ms.parse_arguments([*map(str, arguments)])) == 0
+    ids, _ = ms.read_tokenized(folder / "data" / "tweets" / "test_tokenized.csv", 100)
+    np.save(tmp_path / "ids.npy", ids)
+    code = ("import numpy as np, tensorflow as tf, sys; answer = tf.saved_model.load('saved').signatures['serving_default']; "
+            "np.save('answer.npy', answer(ids=tf.constant(np.load('ids.npy')))['probabilities']); "
+            "assert 'mamba_sentiment' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model = keras.models.load_model(folder / "runs" / "tweets" / "mamba" / "model.keras")
+    np.testing.assert_allclose(np.load(tmp_path / "answer.npy"), tf.nn.softmax(ms.predict_logits(model, ids)), atol=1e-6)
+    capsys.readouterr()
+    refuses(capsys, arguments, "exists already")
+
+
 def test_what_is_not_trained_or_does_not_fit_is_refused(trained, tmp_path, capsys):
     folder, _ = trained
     places = ["--data-dir", folder / "data", "--run-dir"]
@@ -939,6 +1142,48 @@ def test_what_is_not_trained_or_does_not_fit_is_refused(trained, tmp_path, capsy
     refuses(capsys, ["predict", "hi", *places, tmp_path / "runs"], "another vocabulary")
     (other / "model.keras").write_bytes(b"broken")
     refuses(capsys, ["predict", "hi", *places, tmp_path / "runs"], "does not load")
+
+
+def test_a_model_that_brings_code_is_refused_and_its_code_not_run(trained, tmp_path, capsys):
+    folder, ran = trained[0], str(tmp_path / "ran")
+    path = tmp_path / "runs" / "tweets" / "mamba" / "model.keras"
+    path.parent.mkdir(parents=True)
+    keras.Sequential([keras.Input((4,)), keras.layers.Lambda(lambda x: (open(ran, "w"), x)[1], output_shape=(4,))]).save(path)
+    pathlib.Path(ran).unlink(missing_ok=True)
+    refuses(capsys, ["predict", "hi", "--data-dir", folder / "data", "--run-dir", tmp_path / "runs"], path, "Lambda", "train it")
+    assert not os.path.exists(ran)
+
+
+NASTY = (b"\x00", b"\xff\xfe", b'"', b"\r", b"\n\n", b",,,", b"\xe2\x80\xae", "\U0001f642".encode(), b"\x1b[31m", b"-5", b"99999999999", b"NaN",
+         b"1e400", b"x" * 200_000, b"\xc3\x28", b"{", b"]", b"null", b"1.5", b" ")
+
+
+@pytest.mark.parametrize("name", ["six.csv", "table.csv", "tokenized.csv", "vocab.txt", "metrics.json", "model.keras"])
+def test_damaged_files_give_a_result_or_are_refused_by_name(trained, tmp_path, name):
+    data, runs = trained[0] / "data" / "tweets", trained[0] / "runs"
+    meta, lstm = ms.read_json(data / "meta.json", ms.META), runs / "tweets" / "lstm"
+    arguments = ms.parse_arguments(["predict", "--run-dir", str(tmp_path)])
+    (tmp_path / "tweets" / "lstm").mkdir(parents=True)
+    whole, read, path = {
+        "six.csv": ((trained[0] / "tweets.csv").read_bytes()[:2000], ms.read_tweets, tmp_path / name),
+        "table.csv": (b'text,label\ngood day,positive\n"bad, sad",negative\n' * 4, lambda p: ms.read_tweets(p, "label"), tmp_path / name),
+        "tokenized.csv": ((data / "test_tokenized.csv").read_bytes(), lambda p: ms.read_test(p, data, meta, "label"), tmp_path / name),
+        "vocab.txt": (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ngood\n##s\n", lambda p: ms.load_tokenizer(str(p)), tmp_path / name),
+        "metrics.json": ((lstm / name).read_bytes(), lambda p: ms.show_accuracy(ms.read_json(p, ms.METRICS)), tmp_path / name),
+        "model.keras": ((lstm / name).read_bytes(), lambda p: ms.load_trained(arguments, data, "lstm", meta["vocabulary"]),
+                        tmp_path / "tweets" / "lstm" / name)}[name]
+    r, outcomes = np.random.default_rng(0), set()
+    for _ in range(10 if name == "model.keras" else 60):
+        damaged = bytearray(whole)
+        for _ in range(r.integers(1, 4)):
+            at, nasty = r.integers(len(damaged) + 1), NASTY[r.integers(len(NASTY))]
+            damaged[at:at + r.choice([0, len(nasty), 1000])] = [nasty, b""][r.integers(2)]
+        path.write_bytes(damaged)
+        try:
+            outcomes.add(read(path) is not None)
+        except ms.UserError as error:
+            outcomes.add(str(path) in str(error))
+    assert outcomes == {True}
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(trained, tmp_path, capsys):
