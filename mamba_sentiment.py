@@ -199,7 +199,7 @@ class Config:
     pair_width: int = 8             # its width
     classes: int = 3                # negative, neutral, positive
     vocabulary: str = ""            # sha256 of the vocabulary trained with, so that no other is used by mistake
-    learning_rate: float = 3e-3     # peak, after the warm-up
+    learning_rate: float = 8e-3     # peak, after the warm-up
     warmup: float = 0.05            # share of all steps over which the learning rate rises from 0
     weight_decay: float = 0.05      # AdamW's, on matrices only (see `make_optimizer`)
     clip_norm: float = 1.0          # largest norm of the gradient over all parameters
@@ -347,7 +347,10 @@ def _open_text(path, encoding, errors="strict"):
 
 def _first_row(path):
     with _open_text(path, "latin-1") as lines:
-        return next(csv.reader(lines), [])
+        try:
+            return next(csv.reader(lines), [])
+        except csv.Error as error:
+            raise UserError(f"{path}, line 1: {error}") from None
 
 
 def _parse_tweets(lines, path, label_column, by):
@@ -577,7 +580,8 @@ def read_tokenized(path, vocab_size):
     labels, wanted = [], lambda name: name.isdecimal() or name == "label"
     stored = "uint16" if vocab_size <= 1 << 16 else "int32"
     try:
-        with tempfile.TemporaryFile() as file, pd.read_csv(path, dtype="int32", usecols=wanted, chunksize=100_000) as tables:
+        with (np.errstate(invalid="ignore"), tempfile.TemporaryFile() as file,
+              pd.read_csv(path, dtype="int32", usecols=wanted, chunksize=100_000) as tables):
             for table in tables:
                 if list(table.columns) != [*map(str, range(table.shape[1] - 1)), "label"] or table.shape[1] < 2:
                     raise UserError(f"{path}: expected rows with the columns 0, 1, 2 … (token ids) and label")
@@ -604,14 +608,16 @@ def read_tokenized(path, vocab_size):
 
 def _odd_line(path, wanted):
     """", line N" of the first row of a CSV that does not have a whole number in each wanted column, or ""."""
-    with contextlib.suppress(Exception), _open_text(path, "latin-1") as lines:
+    with _open_text(path, "latin-1") as lines, contextlib.suppress(csv.Error):
         reader = csv.reader(lines)
-        header = next(reader)
+        header = next(reader, [])
         for row in reader:
             cells = [cell for name, cell in zip(header, row) if wanted(name)]
             if len(row) != len(header) or not all(re.fullmatch(r" *-?[0-9]{1,9} *", cell) for cell in cells):
-                return f", line {reader.line_num}"
-    return ""
+                break
+        else:
+            return ""
+    return f", line {reader.line_num}"
 
 
 # What files of these names hold at least, by example.
@@ -1861,8 +1867,8 @@ VARIANTS = {                                           # (model, share of the tr
     "induction": [("mamba", 0, {"selection": parts}) for parts in SELECTIONS] + [(name, 0, {}) for name in MODELS[1:]],
     "size": [(name, share, {}) for share in (0.01, 0.1, 1.0) for name in (*MODELS, "fasttext")],
     "seed": [(name, 0.2, {"seed": seed}) for name in MODELS for seed in range(3)],
-    "search": [(name, 0.1, settings) for settings in (
-        {}, {"learning_rate": 1e-3}, {"learning_rate": 8e-3}, {"dropout": 0.3}, {"width": 128}) for name in MODELS],
+    "search": [(name, 0.1, {"learning_rate": rate, "dropout": dropout, "width": width}) for rate, dropout, width in (
+        (3e-3, 0.1, 64), (1e-3, 0.1, 64), (8e-3, 0.1, 64), (3e-3, 0.3, 64), (3e-3, 0.1, 128)) for name in MODELS],
 }
 FASTTEXT = {"wordNgrams": 2, "dim": 50, "epoch": 2, "lr": 0.2, "minCount": 3}
 # The induction heads need no regularization, and hold nothing that could be learned by heart.
