@@ -1802,11 +1802,12 @@ def print_disagreements(folder, ids, labels, answers, most=12):
     if not len(rows):
         return
     tokenizer = stored_tokenizer(folder)
-    print(f"{'tweet':<60} {'label':<9} " + " ".join(f"{name:<11}" for name in answers))
+    show = lambda text, label, said: print(f"{text:<60} {label:<9} {' '.join(f'{x:<11}' for x in said)}".rstrip())
+    show("tweet", "label", answers)
     for row in np.random.default_rng(0).permutation(rows)[:most]:
         text = tokenizer.decode(ids[row], skip_special_tokens=True)
-        print(f"{text if len(text) <= 60 else text[:59] + '…':<60} {LABELS[labels[row]]:<9} " + " ".join(
-            f"{LABELS[a] + ('*' if a == labels[row] else ''):<11}" for a in table[row]))
+        show(text if len(text) <= 60 else text[:59] + "…", LABELS[labels[row]],
+             [LABELS[a] + ("*" if a == labels[row] else "") for a in table[row]])
 
 
 def stored_tokenizer(folder):
