@@ -312,7 +312,7 @@ def test_a_killed_preprocessing_leaves_no_result_or_a_whole_one(tmp_path):
             assert files in ([], ["meta.json", "test_tokenized.csv", "tokenizer", "train_tokenized.csv", "val_tokenized.csv"]), files
             found.append(bool(files) and len(ms.read_tokenized(folder / "tweets" / "train_tokenized.csv", 30522)[0]))
         assert found[0] == 0 and found[-1] == 588, found"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
 
 
@@ -809,7 +809,7 @@ def test_training_killed_five_times_at_random_ends_with_the_same_weights(trained
             time.sleep(moments.uniform(0, 0.03))
             os.kill(child, signal.SIGKILL)
             print(os.waitpid(child, 0)[1])"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     assert done.stdout.count("going on from") == 4 and done.stdout.count(f"{int(signal.SIGKILL)}\n") == 5
     last = run(*arguments)
@@ -853,10 +853,10 @@ def test_two_machines_of_which_one_dies_go_on_and_train_as_one_would(trained, tm
         time.sleep(0.05)
     other.kill()
     other.communicate()
-    error = chief.communicate(timeout=100)[1]
+    error = chief.communicate(timeout=300)[1]
     assert chief.returncode == 2 and error.count("\n") == 1 and "start the same command" in error, error
     workers = start()
-    said = [worker.communicate(timeout=200) for worker in workers]
+    said = [worker.communicate(timeout=600) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], said
     trains_alike(folder / "runs", tmp_path)
     assert "saved in" in said[0][0] and "saved in" not in said[1][0]        # only the chief writes
@@ -877,7 +877,7 @@ def test_two_devices_of_one_machine_train_as_one_would(trained, tmp_path):
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
         assert ms.all_devices().num_replicas_in_sync == 2
         sys.exit(ms.main(ms.parse_arguments({arguments!r})))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     trains_alike(folder / "runs", tmp_path)
 
@@ -887,7 +887,7 @@ def test_two_trainings_at_once_in_one_folder_leave_it_whole(trained, tmp_path):
     command = [sys.executable, str(SCRIPT), "train", "--model", "lstm", "--data-dir", str(folder / "data"), "--run-dir",
                str(tmp_path), "--epochs", "3", "--batch-size", "32"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=200) for process in both]
+    said = [process.communicate(timeout=600) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     for never_disturbed, left in zip(*(keras.models.load_model(runs / "tweets" / "lstm" / "model.keras").get_weights()
                                        for runs in (folder / "runs", tmp_path))):
