@@ -1314,15 +1314,15 @@ def test_a_learning_curve_takes_over_what_train_has_trained(trained, monkeypatch
 def test_bench_writes_tables_and_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ms, "SCAN_SHAPES", ((2, 20, 4, 3),))
     monkeypatch.setattr(ms, "BATCH_TOKENS", 32)
-    works("bench", "--lengths", 8, "--models", "ssm", "lstm", "--run-dir", tmp_path)
+    works("bench", "--lengths", 8, "--models", "lstm", "--run-dir", tmp_path)
     assert "(2, 20, 4, 3)" in capsys.readouterr().out
     latency, training, scan = (pd.read_csv(tmp_path / "bench" / f"{name}.csv") for name in ("latency", "training", "scan"))
     assert {"model", "length", "batch", "milliseconds", "machine"} <= set(latency.columns)
     assert set(zip(latency.model, latency.length, latency.batch)) == {
-        (model, 8, batch) for model in ("ssm", "lstm") for batch in (1, 4)}
+        ("lstm", 8, batch) for batch in (1, 4)}
     np.testing.assert_allclose(latency.microseconds_a_token, 1e3 * latency.milliseconds / latency.batch / latency.length)
     assert set(scan.method) == set(ms.METHODS) and set(scan["pass"]) == {"forward", "forward+backward"}
-    assert set(training.model) == {"ssm", "lstm"} and (training.tweets_a_second > 0).all()
+    assert set(training.model) == {"lstm"} and (training.tweets_a_second > 0).all()
     assert (latency.fastest <= latency.milliseconds).all() and (scan.milliseconds <= scan.slowest).all()
     for figure in ("latency.png", "scan.png"):
         assert (tmp_path / "bench" / figure).read_bytes()[:4] == b"\x89PNG"
