@@ -2271,8 +2271,12 @@ def main(arguments):
     except BrokenPipeError:                                # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(f"mamba_sentiment.py: {show_text(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"mamba_sentiment.py: {_one_line(error)}; mend that, or name other folders with --run-dir and --data-dir",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

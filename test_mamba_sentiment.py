@@ -1257,8 +1257,8 @@ def test_damaged_files_give_a_result_or_are_refused_by_name(trained, tmp_path, n
 def test_a_folder_that_cannot_be_written_is_refused_before_training(trained, tmp_path, capsys):
     folder, _ = trained
     (tmp_path / "file").write_text("in the way")
-    refuses(capsys, ["train", "--model", "lstm", "--data-dir", folder / "data", "--run-dir", tmp_path / "file"], "file")
-    refuses(capsys, ["preprocess", "--data", folder / "tweets.csv", "--data-dir", tmp_path / "file" / "x"], "file")
+    refuses(capsys, ["train", "--model", "lstm", "--data-dir", folder / "data", "--run-dir", tmp_path / "file"], "file", "--run-dir")
+    refuses(capsys, ["preprocess", "--data", folder / "tweets.csv", "--data-dir", tmp_path / "file" / "x"], "file", "--data-dir")
 
 
 # ----------------------------------------------------------------------------------- 8 studies
