@@ -571,9 +571,11 @@ def preprocessed(data, data_dir):
         done = [meta for meta in done if meta.parent.name in names]
     if not done:
         return None
-    path, source = pathlib.Path(data), read_json(done[-1], META)["source"]
-    if path.is_file() and source != str(path.resolve()):
-        raise UserError(f"{done[-1].parent} holds the tweets of {source}; rename {path}, or take another --data-dir")
+    if (path := pathlib.Path(data)).is_file():
+        source = read_json(done[-1], META)["source"]
+        if source != str(path.resolve()):
+            raise UserError(f"{done[-1].parent} holds the tweets of {source}; rename {path}, "
+                            f"or take another --data-dir")
     return done[-1].parent
 
 
@@ -1683,7 +1685,8 @@ def wilson(right, n, z=1.96):
     share = right / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    return [max(0.0, middle - reach), min(1.0, middle + reach)]
+    # min and max: rounding must not leave the share itself outside.
+    return [max(0.0, min(share, middle - reach)), min(1.0, max(share, middle + reach))]
 
 
 def score(labels, predicted, classes):
