@@ -1948,7 +1948,7 @@ VARIANTS = {                                           # (model, share of the tr
 FASTTEXT = {"wordNgrams": 2, "dim": 50, "epoch": 2, "lr": 0.2, "minCount": 3}
 # The induction heads need no regularization, and hold nothing that could be learned by heart.
 INDUCTION = {"vocab_size": 17, "pairs": 0, "classes": 16, "pooling": "last", "dropout": 0.0, "next_word": 0.0,
-             "weight_decay": 0.0, "learning_rate": 1e-3, "batch_size": 32, "epochs": 3}
+             "weight_decay": 0.0, "learning_rate": 3e-3, "batch_size": 32}
 
 
 def induction_heads(n, length, seed):
@@ -1985,7 +1985,7 @@ def induction_task(arguments):
     """What a study of the induction heads trains on: (name of the data, Config, splits, what tests a model)."""
     lengths = sorted(set(arguments.test_lengths))
     given = {k: v for k, v in vars(arguments).items() if k in ("epochs", "batch_size")}
-    splits = {"train": induction_heads(arguments.limit or 60_000, arguments.length, 0),
+    splits = {"train": induction_heads(arguments.limit or 100_000, arguments.length, 0),
               "val": induction_heads(1000, arguments.length, 1)}
     return (f"induction heads, tested at {', '.join(map(str, lengths))}",
             Config(**INDUCTION | given, max_length=arguments.length), splits,
