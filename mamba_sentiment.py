@@ -1880,7 +1880,8 @@ def export_command(arguments):
 SELECTIONS = ("none", "delta", "B", "C", "B+C", "delta+B+C")
 VARIANTS = {                                           # (model, share of the training tweets, settings that differ)
     "selection": [("mamba", 0.1, {"selection": parts}) for parts in SELECTIONS],
-    "induction": [("mamba", 0, {"selection": parts}) for parts in SELECTIONS] + [(name, 0, {}) for name in MODELS[1:]],
+    "induction": [*(("mamba", 0, {"selection": parts}) for parts in SELECTIONS), *((name, 0, {}) for name in MODELS[1:]),
+                  ("transformer", 0, {"learning_rate": 1e-3})],                 # which at 3e-3 learns nothing
     "size": [(name, share, {}) for share in (0.01, 0.1, 1.0) for name in (*MODELS, "fasttext")],
     "seed": [(name, 0.2, {"seed": seed}) for name in MODELS for seed in range(3)],
     "search": [(name, 0.1, {"learning_rate": rate, "dropout": dropout, "width": width}) for rate, dropout, width in (
@@ -2046,7 +2047,7 @@ def draw_induction(path, table, trained_at):
     with figure(path, f"Induction heads: trained at {trained_at} tokens, tested at others", "sequence length (tokens)",
                 "accuracy", [int(length) for length in lengths]) as axes:
         for _, row in table.iterrows():
-            label = row.model + (f", {row.settings}" if row.model == "mamba" else "")
+            label = row.model + (f", {row.settings}" if row.settings != "default" else "")
             axes.plot([int(length) for length in lengths], row[lengths], marker="o", label=label)
 
 

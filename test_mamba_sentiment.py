@@ -4,6 +4,7 @@ Every expected value comes from a second, independent computation: a float64 Num
 published equations in NumPy for the block, counts by hand for the data. Nothing here needs a network, a GPU
 or more than a few minutes; nothing here measures time.
 """
+import concurrent.futures
 import functools
 import hashlib
 import http.server
@@ -182,24 +183,41 @@ def tweets_file(path, n=600, seed=0):
     return path
 
 
+JOBS = []
+
+
+def beside(job):
+    """Makes a session fixture of a job in processes of its own, given a folder and that of `trained`: (folder, what the
+    job returned). The jobs that the tests want run one after the other, beside the first tests, because they take long.
+    """
+    JOBS.append(job)
+
+    @pytest.fixture(scope="session", name=job.__name__)
+    def result(jobs):
+        folder, future = jobs[job.__name__]
+        return folder, future.result()
+
+    return result
+
+
 @pytest.fixture(scope="session", autouse=True)
-def training(request, tmp_path_factory):
-    """`train --model all` at tiny size: (folder, process). It starts before the first test, because it takes long."""
-    if any("trained" in test.fixturenames for test in request.session.items):
-        folder = tmp_path_factory.mktemp("trained")
-        arguments = command("train", "--model", "all", "--data", tweets_file(folder / "tweets.csv"), "--tokenizer", "train",
-                            "--max-length", 10, "--epochs", 3, "--batch-size", 32, **TINY)
-        return folder, subprocess.Popen(script(f"sys.exit({main_call(arguments)})"), cwd=folder, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def jobs(request, tmp_path_factory):
+    wanted, started = {name for test in request.session.items for name in test.fixturenames}, {}
+    with concurrent.futures.ThreadPoolExecutor(1) as worker:
+        for job in JOBS:
+            if job.__name__ in wanted or job is JOBS[0] and wanted & {other.__name__ for other in JOBS}:
+                folder = tmp_path_factory.mktemp(job.__name__)
+                started[job.__name__] = folder, worker.submit(job, folder, started.get("trained", [folder])[0])
+        yield started
+        worker.shutdown(cancel_futures=True)
 
 
-@pytest.fixture(scope="session")
-def trained(training):
-    """The folder in which `train --model all` has run, and what it printed."""
-    folder, process = training
-    out, error = process.communicate(timeout=600)
-    assert (process.returncode, error) == (0, ""), out + error
-    return folder, out
+@beside
+def trained(folder, _):
+    """`train --model all` at tiny size, and what it printed. Tweets of 10 tokens: one program for each model."""
+    arguments = command("train", "--model", "all", "--data", tweets_file(folder / "tweets.csv"), "--tokenizer", "train",
+                        "--max-length", 10, "--epochs", 3, "--batch-size", 32, **TINY)
+    return run_script(f"sys.exit({main_call(arguments)})", cwd=folder)
 
 
 @pytest.fixture
@@ -212,10 +230,10 @@ def uncompiled(monkeypatch):
     tf.config.run_functions_eagerly(False)
 
 
-def once_more(trained, run_dir, *more):
-    """The command of `trained` for the LSTM alone, with another run folder."""
-    return command("train", "--model", "lstm", "--data-dir", trained[0] / "data", "--run-dir", run_dir, "--epochs", 3,
-                   "--batch-size", 32, *more, **TINY)
+def once_more(trained, run_dir):
+    """The command of `trained`, in whose folder it is, for the LSTM alone, with another run folder."""
+    return command("train", "--model", "lstm", "--data-dir", trained / "data", "--run-dir", run_dir, "--epochs", 3,
+                   "--batch-size", 32, **TINY)
 
 
 def lstm_weights(run_dir):
@@ -373,12 +391,12 @@ def test_an_interrupted_preprocessing_leaves_nothing_that_looks_whole(tmp_path, 
 
 
 def test_a_killed_preprocessing_leaves_no_result_or_a_whole_one(tmp_path):
-    data = tweets_file(tmp_path / "tweets.csv", 600)
-    arguments = command("preprocess", "--data", data, "--tokenizer", "train", "--data-dir", "d")
-    run_script(f"""
+    arguments = command("preprocess", "--data", tweets_file(tmp_path / "tweets.csv", 600), "--tokenizer", "train",
+                        "--data-dir", "d")
+    said = run_script(f"""
         import tokenizers                                                   # so that the kills fall into the writing
         from transformers import BertTokenizer
-        folder, found = pathlib.Path("d"), []
+        folder = pathlib.Path("d", "tweets")
         for i in range(13):
             child = os.fork()                                               # before TensorFlow has started
             if not child:
@@ -387,10 +405,12 @@ def test_a_killed_preprocessing_leaves_no_result_or_a_whole_one(tmp_path):
                 time.sleep(0.02 + 0.04 * i)
                 os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            files = sorted(path.name for path in (folder / "tweets").glob("*"))
-            assert files in ([], ["meta.json", "test_tokenized.csv", "tokenizer", "train_tokenized.csv", "val_tokenized.csv"]), files
-            found.append(bool(files) and len(ms.read_tokenized(folder / "tweets" / "train_tokenized.csv", 30522)[0]))
-        assert found[0] == 0 and found[-1] == 588, found""", cwd=tmp_path)
+            files = sorted(path.name for path in folder.glob("*"))
+            assert files in ([], ["meta.json", "test_tokenized.csv", "tokenizer", "train_tokenized.csv",
+                                  "val_tokenized.csv"]), files
+            print("found", bool(files) and len(ms.read_tokenized(folder / "train_tokenized.csv", 30522)[0]))""", cwd=tmp_path)
+    found = re.findall("found (.*)", said)
+    assert found[0] == "False" and found[-1] == "588" and set(found) == {"False", "588"} and len(found) == 13
 
 
 def test_two_files_of_one_name_are_not_mixed_up(tmp_path, capsys):
@@ -849,7 +869,7 @@ def test_one_seed_gives_the_same_weights_and_another_seed_other_ones(uncompiled)
 
 def test_training_stopped_by_signals_goes_on_to_the_same_weights(tmp_path, monkeypatch, capsys, uncompiled):
     config = ms.Config(**TINY, batch_size=32, epochs=2, seed=1)
-    train = random_ids(0, 120, 10), np.random.default_rng(1).integers(0, 3, 120).astype("int32")      # four steps an epoch
+    train = random_ids(0, 120, 5), np.random.default_rng(1).integers(0, 3, 120).astype("int32")      # four steps an epoch
     val, state, calls, stops = (train[0][:20], train[1][:20]), tmp_path / "state.npz", [], {2: signal.SIGINT, 4: signal.SIGTERM}
     identity = ms.identify("lstm", config, "random", train)
     whole, _ = ms.train_fresh(identity, train, val, None)
@@ -877,16 +897,17 @@ def test_training_stopped_by_signals_goes_on_to_the_same_weights(tmp_path, monke
         ms.load_state(state, identity)
 
 
-def test_training_killed_five_times_at_random_ends_with_the_same_weights(trained, tmp_path, capsys):
-    arguments, state = once_more(trained, tmp_path), tmp_path / "tweets" / "lstm" / "state.npz"
-    said = run_script(f"""
+@beside
+def killed_five_times(folder, trained):
+    """A training killed at five random moments and started again each time -> what was printed."""
+    return run_script(f"""
         import random
-        ms.SAVE_SECONDS, moments, state = 0, random.Random(0), pathlib.Path({str(state)!r})
+        ms.SAVE_SECONDS, moments, state = 0, random.Random(0), pathlib.Path("tweets/lstm/state.npz")
         written = lambda: state.stat().st_mtime_ns if state.exists() else 0
         for kills in range(6):
             child = os.fork()                                               # before TensorFlow has started
             if not child:
-                os._exit({main_call(arguments)})
+                os._exit({main_call(once_more(trained, folder))})
             for _ in range(moments.randint(1, 8) if kills < 5 else 0):
                 before = written()
                 while written() == before:
@@ -894,12 +915,16 @@ def test_training_killed_five_times_at_random_ends_with_the_same_weights(trained
             if kills < 5:
                 time.sleep(moments.uniform(0, 0.03))
                 os.kill(child, signal.SIGKILL)
-            print("ended with", os.waitpid(child, 0)[1])""")
+            print("ended with", os.waitpid(child, 0)[1])""", cwd=folder)
+
+
+def test_training_killed_five_times_at_random_ends_with_the_same_weights(trained, killed_five_times, capsys):
+    folder, said = killed_five_times
     assert said.count("going on from") == 5
     assert re.findall("ended with (.*)", said) == [str(int(signal.SIGKILL))] * 5 + ["0"]
-    assert not state.exists()
-    same_weights(lstm_weights(trained[0] / "runs"), lstm_weights(tmp_path))
-    assert ms.main(arguments) == 0
+    assert not (folder / "tweets" / "lstm" / "state.npz").exists()
+    same_weights(lstm_weights(trained[0] / "runs"), lstm_weights(folder))
+    assert ms.main(once_more(trained[0], folder)) == 0
     again = capsys.readouterr().out
     assert "lstm: trained already" in again and "epoch" not in again
 
@@ -911,10 +936,11 @@ def trains_alike(alone, together):
     np.testing.assert_array_equal(together.val_accuracy, alone.val_accuracy)
 
 
-@pytest.mark.skipif(os.cpu_count() % 2, reason="what dropout drops depends on how many parts the batch has")
-def test_two_machines_of_which_one_dies_go_on_and_train_as_one_would(trained, tmp_path):
-    code = script(f"ms.SAVE_SECONDS = 0; sys.exit({main_call(once_more(trained, tmp_path))})")
-    run_folder = tmp_path / "tweets" / "lstm"
+@beside
+def two_machines(folder, trained):
+    """Two processes that train together, of which the second is killed -> what the first says, and then both anew, as
+    (exit status, stdout, stderr)."""
+    code = script(f"ms.SAVE_SECONDS = 0; sys.exit({main_call(once_more(trained, folder))})")
 
     def start():
         with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
@@ -923,40 +949,55 @@ def test_two_machines_of_which_one_dies_go_on_and_train_as_one_would(trained, tm
             "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": i}})}) for i in range(2)]
 
     chief, other = start()
-    while not (run_folder / "state.npz").exists():
+    while not (folder / "tweets" / "lstm" / "state.npz").exists():
         assert chief.poll() is None and other.poll() is None
         time.sleep(0.05)
     other.kill()
     other.communicate()
-    error = chief.communicate(timeout=300)[1]
-    assert chief.returncode == 2 and error.count("\n") == 1 and "start the same command" in error, error
-    workers = start()
-    said = [worker.communicate(timeout=600) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], said
-    trains_alike(trained[0] / "runs", tmp_path)
-    assert "saved in" in said[0][0] and "saved in" not in said[1][0]        # only the chief writes
-    assert all("going on from" in out for out, _ in said)
-    assert re.findall("loss: [0-9.]+", said[0][0]) == re.findall("loss: [0-9.]+", said[1][0])
-    assert not [path for path in run_folder.iterdir() if path.suffix == ".npz"]
+    end = lambda process: (*process.communicate(timeout=600), process.returncode)[::-1]
+    return [end(process) for processes in ([chief], start()) for process in processes]
 
 
-def test_two_devices_of_one_machine_train_as_one_would(trained, tmp_path):
-    run_script(f"""
+@pytest.mark.skipif(os.cpu_count() % 2, reason="what dropout drops depends on how many parts the batch has")
+def test_two_machines_of_which_one_dies_go_on_and_train_as_one_would(trained, two_machines):
+    folder, ((status, error, _), (first, errors, out), (second, more_errors, more)) = two_machines
+    assert status == 2 and error.count("\n") == 1 and "start the same command" in error, error
+    assert (first, second) == (0, 0), errors + more_errors
+    trains_alike(trained[0] / "runs", folder)
+    assert "saved in" in out and "saved in" not in more                     # only the chief writes
+    assert "going on from" in out and "going on from" in more
+    assert re.findall("loss: [0-9.]+", out) == re.findall("loss: [0-9.]+", more)
+    assert not [path for path in (folder / "tweets" / "lstm").iterdir() if path.suffix == ".npz"]
+
+
+@beside
+def two_devices(folder, trained):
+    return run_script(f"""
         import tensorflow as tf
         cpu, = tf.config.list_physical_devices("CPU")
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
         assert ms.all_devices().num_replicas_in_sync == 2
-        sys.exit({main_call(once_more(trained, tmp_path))})""")
-    trains_alike(trained[0] / "runs", tmp_path)
+        sys.exit({main_call(once_more(trained, folder))})""")
 
 
-def test_two_trainings_at_once_in_one_folder_leave_it_whole(trained, tmp_path):
-    code = script(f"sys.exit({main_call(once_more(trained, tmp_path))})")
+def test_two_devices_of_one_machine_train_as_one_would(trained, two_devices):
+    trains_alike(trained[0] / "runs", two_devices[0])
+
+
+@beside
+def two_at_once(folder, trained):
+    """Two processes that train the same in one folder -> their exit statuses, and what they printed."""
+    code = script(f"sys.exit({main_call(once_more(trained, folder))})")
     both = [subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=600) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    same_weights(lstm_weights(trained[0] / "runs"), lstm_weights(tmp_path))
-    assert sorted(path.name for path in (tmp_path / "tweets" / "lstm").iterdir()) == [
+    return [process.returncode for process in both], said
+
+
+def test_two_trainings_at_once_in_one_folder_leave_it_whole(trained, two_at_once):
+    folder, (statuses, said) = two_at_once
+    assert statuses == [0, 0], said
+    same_weights(lstm_weights(trained[0] / "runs"), lstm_weights(folder))
+    assert sorted(path.name for path in (folder / "tweets" / "lstm").iterdir()) == [
         "config.json", "history.csv", "metrics.json", "model.keras"]
 
 
@@ -1323,9 +1364,10 @@ def test_a_learning_curve_takes_over_what_train_has_trained(trained, monkeypatch
 
 # ------------------------------------------------------------------------------------- 9 timing
 
-def test_bench_writes_tables_and_figures(tmp_path, monkeypatch, capsys):
+def test_bench_writes_tables_and_figures(tmp_path, monkeypatch, capsys, uncompiled):
     monkeypatch.setattr(ms, "SCAN_SHAPES", ((2, 20, 4, 3),))
     monkeypatch.setattr(ms, "BATCH_TOKENS", 32)
+    monkeypatch.setattr(ms.Config, "batch_size", 8)
     works("bench", "--lengths", 8, "--models", "transformer", "lstm", "--run-dir", tmp_path)
     assert "(2, 20, 4, 3)" in capsys.readouterr().out
     latency, training, scan = (pd.read_csv(tmp_path / "bench" / f"{name}.csv") for name in ("latency", "training", "scan"))
