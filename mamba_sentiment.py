@@ -1909,13 +1909,13 @@ def induction_heads(n, length, seed):
 def figure(path, title, xlabel, ylabel, ticks, note=""):
     """A figure with lines over a logarithmic axis that has `ticks`, written to `path`."""
     from matplotlib.figure import Figure
-    axes = Figure(figsize=(8, 4.5), layout="constrained").subplots()
+    axes = Figure(figsize=(7, 5), layout="constrained").subplots()
     yield axes
     axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
     axes.set_xticks(sorted(ticks), [f"{tick:,}" for tick in sorted(ticks)])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.figure.legend(fontsize=8, handlelength=4, loc="outside right upper")
+    axes.figure.legend(fontsize=8, handlelength=3, columnspacing=1, loc="outside lower center", ncols=3)
     axes.text(0.99, 0.01, note, ha="right", va="bottom", fontsize=7, color="gray", transform=axes.transAxes)
     write_whole(path, lambda partial: axes.figure.savefig(partial, dpi=150, format="png"))
 

@@ -522,15 +522,6 @@ def test_batches_hold_every_tweet_once_cut_to_its_length():
         assert sorted(seen) == list(range(50))
 
 
-def test_limit_keeps_the_labels_in_proportion():
-    labels = np.array([0] * 600 + [1] * 300 + [2] * 100, "int32")
-    ids = np.arange(1000, dtype="int32")[:, None]
-    kept, kept_labels = ms.keep(ids, labels, 100, seed=0)
-    assert np.bincount(kept_labels).tolist() == [60, 30, 10]
-    assert (labels[kept[:, 0]] == kept_labels).all() and len(set(kept[:, 0])) == 100
-    assert len(ms.keep(ids, labels, 5000, seed=0)[0]) == 1000
-
-
 # --------------------------------------------------------------------------- 4 selective scan
 
 def test_the_reference_gradient_agrees_with_finite_differences():
@@ -836,6 +827,30 @@ def test_a_saved_model_gives_the_same_logits(name, tmp_path):
     assert loaded.config == model.config
 
 
+@pytest.mark.parametrize("name", ms.MODELS)
+def test_mixed_precision_keeps_weights_scan_and_logits_in_float32(name):
+    models = []
+    for precision in ("float32", "mixed_bfloat16"):
+        keras.utils.set_random_seed(0)
+        models.append(ms.build_model(name, ms.Config(**SMALL, precision=precision)))
+    exact, mixed = models
+    assert {w.dtype for w in mixed.weights} == {"float32"} and mixed.blocks[0][0].compute_dtype == "bfloat16"
+    ids = random_ids(0, 4, 20)
+    logits = mixed(ids)
+    assert logits.dtype == tf.float32
+    error = np.abs(logits - exact(ids)).max() / np.abs(exact(ids)).max()
+    assert 0 < error < 0.03                                                 # bfloat16 keeps 8 binary digits
+
+
+def test_dropout_is_decided_by_the_seed_and_off_outside_training():
+    model, ids = ms.build_model("lstm", ms.Config(**SMALL, dropout=0.5)), random_ids(0, 4, 6)
+    drop = lambda seed: model(ids, training=True, seed=seed).numpy()
+    np.testing.assert_array_equal(drop((1, 2)), drop((1, 2)))
+    assert (drop((1, 2)) != drop((1, 3))).any() and (drop((1, 2)) != drop((2, 2))).any()
+    assert (drop(None) != drop(None)).any()
+    np.testing.assert_array_equal(model(ids), model(ids))
+
+
 def test_blocks_and_models_name_what_is_wrong():
     with pytest.raises(ValueError, match="mamba, ssm, transformer, lstm, not 'gru'"):
         ms.build_model("gru")
@@ -848,6 +863,56 @@ def test_blocks_and_models_name_what_is_wrong():
 
 
 # ---------------------------------------------------------------------------------- 6 training
+
+def test_limit_keeps_the_labels_in_proportion():
+    labels = np.array([0] * 600 + [1] * 300 + [2] * 100, "int32")
+    ids = np.arange(1000, dtype="int32")[:, None]
+    kept, kept_labels = ms.keep(ids, labels, 100, seed=0)
+    assert np.bincount(kept_labels).tolist() == [60, 30, 10]
+    assert (labels[kept[:, 0]] == kept_labels).all() and len(set(kept[:, 0])) == 100
+    assert len(ms.keep(ids, labels, 5000, seed=0)[0]) == 1000
+
+
+def test_weight_decay_spares_what_is_not_a_matrix():
+    for name, spared in (("mamba", {"A_log", "D", "dt_bias", "conv_bias", "scale", "bias"}),
+                         ("ssm", {"A_log", "D", "B", "C", "dt_bias", "conv_bias", "scale", "bias"})):
+        model = ms.build_model(name, ms.Config(**SMALL))
+        optimizer = ms.make_optimizer(model, model.config, 10)
+        assert {w.name for w in model.trainable_variables if not optimizer._use_weight_decay(w)} == spared
+
+
+def test_the_next_word_is_scored_among_words_of_the_batch():
+    r = np.random.default_rng(0)
+    states, embeddings = r.standard_normal((3, 5, 4)), r.standard_normal((9, 4))
+    ids = np.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [2, 2, 1, 3, 0]])
+    others = [2, 3, 5, 2, 8]
+    got = ms.next_word_loss(*map(tf.constant, (states.astype("float32"), ids.astype("int32"), [0, *others],
+                                               embeddings.astype("float32"))))
+    for tweet, (state, words) in enumerate(zip(states, ids)):
+        losses = []
+        for t, word in enumerate(words[1:]):
+            if word:
+                scores = np.exp([state[t] @ embeddings[w] for w in others if w != word])
+                right = np.exp(state[t] @ embeddings[word])
+                losses.append(-np.log(right / (right + scores.sum())))
+        assert float(got[tweet]) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert float(ms.next_word_loss(tf.zeros((1, 2, 4)), tf.constant([[1, 0]]), tf.constant([2]), tf.ones((9, 4)))[0]) == 0
+
+
+def test_training_from_the_command_line_learns_and_writes_its_files(trained):
+    folder, said = trained
+    assert "dropped 0 empty" in said and "parameters outside the embeddings" in said
+    for name in ms.MODELS:
+        run_folder = folder / "runs" / "tweets" / name
+        metrics = json.loads((run_folder / "metrics.json").read_text())
+        assert {"accuracy", "macro_f1", "n", "parameters", "train_seconds"} <= metrics.keys()
+        assert metrics["data"] == "tweets" and metrics["n"] == 6 and metrics["accuracy"] > 0.8, name
+        assert list(pd.read_csv(run_folder / "history.csv").epoch) == [1, 2, 3]
+        assert (run_folder / "model.keras").exists()
+    for split, n in (("train", 588), ("val", 6), ("test", 6)):
+        table = pd.read_csv(folder / "data" / "tweets" / f"{split}_tokenized.csv")
+        assert list(table.columns) == [*map(str, range(10)), "label"] and len(table) == n
+
 
 def test_one_seed_gives_the_same_weights_and_another_seed_other_ones(uncompiled):
     ids, labels = random_ids(0, 96, 10), np.random.default_rng(1).integers(0, 3, 96).astype("int32")
@@ -1026,6 +1091,13 @@ def test_training_that_cannot_write_says_so_and_keeps_its_last_state(trained, tm
     assert ("after step 2 of 5 of epoch 1" in capsys.readouterr().out) == (harm == "disk full")
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_training(trained, tmp_path, capsys):
+    folder, _ = trained
+    (tmp_path / "file").write_text("in the way")
+    refuses(capsys, ["train", "--model", "lstm", "--data-dir", folder / "data", "--run-dir", tmp_path / "file"], "file", "--run-dir")
+    refuses(capsys, ["preprocess", "--data", folder / "tweets.csv", "--data-dir", tmp_path / "file" / "x"], "file", "--data-dir")
+
+
 def test_training_stops_where_the_loss_is_no_number(tmp_path, uncompiled):
     train = random_ids(0, 64, 10), np.zeros(64, "int32")
     config = ms.Config(**TINY, batch_size=32, epochs=2, learning_rate=1e30)
@@ -1052,56 +1124,6 @@ def test_a_step_shared_among_cores_is_the_step_of_the_whole_batch(monkeypatch, u
         np.testing.assert_allclose(one, shared, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ms.MODELS)
-def test_mixed_precision_keeps_weights_scan_and_logits_in_float32(name):
-    models = []
-    for precision in ("float32", "mixed_bfloat16"):
-        keras.utils.set_random_seed(0)
-        models.append(ms.build_model(name, ms.Config(**SMALL, precision=precision)))
-    exact, mixed = models
-    assert {w.dtype for w in mixed.weights} == {"float32"} and mixed.blocks[0][0].compute_dtype == "bfloat16"
-    ids = random_ids(0, 4, 20)
-    logits = mixed(ids)
-    assert logits.dtype == tf.float32
-    error = np.abs(logits - exact(ids)).max() / np.abs(exact(ids)).max()
-    assert 0 < error < 0.03                                                 # bfloat16 keeps 8 binary digits
-
-
-def test_dropout_is_decided_by_the_seed_and_off_outside_training():
-    model, ids = ms.build_model("lstm", ms.Config(**SMALL, dropout=0.5)), random_ids(0, 4, 6)
-    drop = lambda seed: model(ids, training=True, seed=seed).numpy()
-    np.testing.assert_array_equal(drop((1, 2)), drop((1, 2)))
-    assert (drop((1, 2)) != drop((1, 3))).any() and (drop((1, 2)) != drop((2, 2))).any()
-    assert (drop(None) != drop(None)).any()
-    np.testing.assert_array_equal(model(ids), model(ids))
-
-
-def test_the_next_word_is_scored_among_words_of_the_batch():
-    r = np.random.default_rng(0)
-    states, embeddings = r.standard_normal((3, 5, 4)), r.standard_normal((9, 4))
-    ids = np.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [2, 2, 1, 3, 0]])
-    others = [2, 3, 5, 2, 8]
-    got = ms.next_word_loss(*map(tf.constant, (states.astype("float32"), ids.astype("int32"), [0, *others],
-                                               embeddings.astype("float32"))))
-    for tweet, (state, words) in enumerate(zip(states, ids)):
-        losses = []
-        for t, word in enumerate(words[1:]):
-            if word:
-                scores = np.exp([state[t] @ embeddings[w] for w in others if w != word])
-                right = np.exp(state[t] @ embeddings[word])
-                losses.append(-np.log(right / (right + scores.sum())))
-        assert float(got[tweet]) == pytest.approx(np.mean(losses), rel=1e-5)
-    assert float(ms.next_word_loss(tf.zeros((1, 2, 4)), tf.constant([[1, 0]]), tf.constant([2]), tf.ones((9, 4)))[0]) == 0
-
-
-def test_weight_decay_spares_what_is_not_a_matrix():
-    for name, spared in (("mamba", {"A_log", "D", "dt_bias", "conv_bias", "scale", "bias"}),
-                         ("ssm", {"A_log", "D", "B", "C", "dt_bias", "conv_bias", "scale", "bias"})):
-        model = ms.build_model(name, ms.Config(**SMALL))
-        optimizer = ms.make_optimizer(model, model.config, 10)
-        assert {w.name for w in model.trainable_variables if not optimizer._use_weight_decay(w)} == spared
-
-
 # ------------------------------------------------------------------ 7 evaluation and prediction
 
 def test_scores_agree_with_counts_by_hand():
@@ -1122,19 +1144,33 @@ def test_the_paired_test_counts_what_only_one_gets_right():
     assert 0.04 < ms.mcnemar(np.arange(4000) < 2065, np.arange(4000) >= 2065)[2] < 0.05   # the normal one: 0.042
 
 
-def test_training_from_the_command_line_learns_and_writes_its_files(trained):
-    folder, said = trained
-    assert "dropped 0 empty" in said and "parameters outside the embeddings" in said
-    for name in ms.MODELS:
-        run_folder = folder / "runs" / "tweets" / name
-        metrics = json.loads((run_folder / "metrics.json").read_text())
-        assert {"accuracy", "macro_f1", "n", "parameters", "train_seconds"} <= metrics.keys()
-        assert metrics["data"] == "tweets" and metrics["n"] == 6 and metrics["accuracy"] > 0.8, name
-        assert list(pd.read_csv(run_folder / "history.csv").epoch) == [1, 2, 3]
-        assert (run_folder / "model.keras").exists()
-    for split, n in (("train", 588), ("val", 6), ("test", 6)):
-        table = pd.read_csv(folder / "data" / "tweets" / f"{split}_tokenized.csv")
-        assert list(table.columns) == [*map(str, range(10)), "label"] and len(table) == n
+def test_what_is_not_trained_or_does_not_fit_is_refused(trained, tmp_path, capsys):
+    folder, _ = trained
+    places = ["--data-dir", folder / "data", "--run-dir"]
+    refuses(capsys, ["evaluate", *places, tmp_path / "none"], "model.keras", "train --model mamba")
+    refuses(capsys, ["predict", "hi", *places, tmp_path / "none"], "train --model mamba")
+    refuses(capsys, ["predict", "hi", "--data-dir", tmp_path], "nothing preprocessed")
+    refuses(capsys, ["evaluate", "--test", tmp_path / "no.csv", *places, folder / "runs"], "no.csv")
+    for content, words in (("a,b\n1,2\n", ["columns"]), ("0,1,label\n1,99999,0\n", ["line 2", "vocabulary"]),
+                           ("0,1,label\n1,2,0\n1,2,7\n", ["line 3"]), ("0,1,label\n1,x,0\n", ["token ids"])):
+        (tmp_path / "t.csv").write_text(content)
+        refuses(capsys, ["evaluate", "--test", tmp_path / "t.csv", *places, folder / "runs"], "t.csv", *words)
+    other = tmp_path / "runs" / "tweets" / "mamba"
+    other.mkdir(parents=True)
+    ms.build_model("mamba", ms.Config(**SMALL, vocabulary="another")).save(other / "model.keras")
+    refuses(capsys, ["predict", "hi", *places, tmp_path / "runs"], "another vocabulary")
+    (other / "model.keras").write_bytes(b"broken")
+    refuses(capsys, ["predict", "hi", *places, tmp_path / "runs"], "does not load")
+
+
+def test_a_model_that_brings_code_is_refused_and_its_code_not_run(trained, tmp_path, capsys):
+    folder, ran = trained[0], str(tmp_path / "ran")
+    path = tmp_path / "runs" / "tweets" / "mamba" / "model.keras"
+    path.parent.mkdir(parents=True)
+    keras.Sequential([keras.Input((4,)), keras.layers.Lambda(lambda x: (open(ran, "w"), x)[1], output_shape=(4,))]).save(path)
+    pathlib.Path(ran).unlink(missing_ok=True)
+    refuses(capsys, ["predict", "hi", "--data-dir", folder / "data", "--run-dir", tmp_path / "runs"], path, "Lambda", "train it")
+    assert not os.path.exists(ran)
 
 
 def test_evaluate_shows_the_models_side_by_side(trained, monkeypatch, capsys, uncompiled):
@@ -1244,35 +1280,6 @@ def test_an_exported_model_answers_without_this_script(trained, tmp_path, capsys
     refuses(capsys, arguments, "exists already")
 
 
-def test_what_is_not_trained_or_does_not_fit_is_refused(trained, tmp_path, capsys):
-    folder, _ = trained
-    places = ["--data-dir", folder / "data", "--run-dir"]
-    refuses(capsys, ["evaluate", *places, tmp_path / "none"], "model.keras", "train --model mamba")
-    refuses(capsys, ["predict", "hi", *places, tmp_path / "none"], "train --model mamba")
-    refuses(capsys, ["predict", "hi", "--data-dir", tmp_path], "nothing preprocessed")
-    refuses(capsys, ["evaluate", "--test", tmp_path / "no.csv", *places, folder / "runs"], "no.csv")
-    for content, words in (("a,b\n1,2\n", ["columns"]), ("0,1,label\n1,99999,0\n", ["line 2", "vocabulary"]),
-                           ("0,1,label\n1,2,0\n1,2,7\n", ["line 3"]), ("0,1,label\n1,x,0\n", ["token ids"])):
-        (tmp_path / "t.csv").write_text(content)
-        refuses(capsys, ["evaluate", "--test", tmp_path / "t.csv", *places, folder / "runs"], "t.csv", *words)
-    other = tmp_path / "runs" / "tweets" / "mamba"
-    other.mkdir(parents=True)
-    ms.build_model("mamba", ms.Config(**SMALL, vocabulary="another")).save(other / "model.keras")
-    refuses(capsys, ["predict", "hi", *places, tmp_path / "runs"], "another vocabulary")
-    (other / "model.keras").write_bytes(b"broken")
-    refuses(capsys, ["predict", "hi", *places, tmp_path / "runs"], "does not load")
-
-
-def test_a_model_that_brings_code_is_refused_and_its_code_not_run(trained, tmp_path, capsys):
-    folder, ran = trained[0], str(tmp_path / "ran")
-    path = tmp_path / "runs" / "tweets" / "mamba" / "model.keras"
-    path.parent.mkdir(parents=True)
-    keras.Sequential([keras.Input((4,)), keras.layers.Lambda(lambda x: (open(ran, "w"), x)[1], output_shape=(4,))]).save(path)
-    pathlib.Path(ran).unlink(missing_ok=True)
-    refuses(capsys, ["predict", "hi", "--data-dir", folder / "data", "--run-dir", tmp_path / "runs"], path, "Lambda", "train it")
-    assert not os.path.exists(ran)
-
-
 NASTY = (b"\x00", b"\xff\xfe", b'"', b"\r", b"\n\n", b",,,", b"\xe2\x80\xae", "\U0001f642".encode(), b"\x1b[31m", b"-5", b"99999999999", b"NaN",
          b"1e400", b"x" * 200_000, b"\xc3\x28", b"{", b"]", b"null", b"1.5", b" ")
 
@@ -1305,13 +1312,6 @@ def test_damaged_files_give_a_result_or_are_refused_by_name(trained, tmp_path, n
         except ms.UserError as error:
             outcomes.add(str(path) in str(error))
     assert outcomes == {True}
-
-
-def test_a_folder_that_cannot_be_written_is_refused_before_training(trained, tmp_path, capsys):
-    folder, _ = trained
-    (tmp_path / "file").write_text("in the way")
-    refuses(capsys, ["train", "--model", "lstm", "--data-dir", folder / "data", "--run-dir", tmp_path / "file"], "file", "--run-dir")
-    refuses(capsys, ["preprocess", "--data", folder / "tweets.csv", "--data-dir", tmp_path / "file" / "x"], "file", "--data-dir")
 
 
 # ----------------------------------------------------------------------------------- 8 studies
