@@ -881,6 +881,7 @@ def _fused(u, delta, A, B, C, h):
 #     h[t] = local h[t] + exp(A S[t]) h_in,      S[t] = delta[0] + ... + delta[t] within the chunk
 #
 # At the last t of each chunk this is a recurrence over chunks, which `_carry` solves.
+#
 # A product of decays is the exponential of a cumulative sum. It is safe for every input: A S <= 0, so the
 # exponential is at most 1 and cannot overflow; where it underflows to 0, so does the product it stands for;
 # nothing is ever divided by it, and sums of numbers of one sign lose no digits.
@@ -1276,7 +1277,7 @@ def count_parameters(model):
 def make_optimizer(model, config, steps):
     """AdamW, its learning rate rising linearly, then falling as a cosine.
 
-    Weight decay is for matrices: not for A_log, D, and the SSM's own B and C, nor for norms and biases (but for those of
+    Weight decay is for matrices: not for A_log, D, and the SSM's own B and C, nor for norms and biases (but those of
     Keras's attention, which are matrices; they begin at 0).
     """
     warmup = max(1, round(config.warmup * steps))
@@ -1880,7 +1881,8 @@ def export_command(arguments):
 SELECTIONS = ("none", "delta", "B", "C", "B+C", "delta+B+C")
 VARIANTS = {                                           # (model, share of the training tweets, settings that differ)
     "selection": [("mamba", 0.1, {"selection": parts}) for parts in SELECTIONS],
-    "induction": [*(("mamba", 0, {"selection": parts}) for parts in SELECTIONS), *((name, 0, {}) for name in MODELS[1:]),
+    "induction": [*(("mamba", 0, {"selection": parts}) for parts in SELECTIONS),
+                  *((name, 0, {}) for name in MODELS[1:]),
                   ("transformer", 0, {"learning_rate": 1e-3})],                 # which at 3e-3 learns nothing
     "size": [(name, share, {}) for share in (0.01, 0.1, 1.0) for name in (*MODELS, "fasttext")],
     "seed": [(name, 0.2, {"seed": seed}) for name in MODELS for seed in range(3)],
@@ -1903,21 +1905,6 @@ def induction_heads(n, length, seed):
     rows, where = np.arange(n), generator.integers(0, length - 2, n)
     ids[rows, where] = ids[:, -1] = 16
     return ids, ids[rows, where + 1]
-
-
-@contextlib.contextmanager
-def figure(path, title, xlabel, ylabel, ticks, note=""):
-    """A figure with lines over a logarithmic axis that has `ticks`, written to `path`."""
-    from matplotlib.figure import Figure
-    axes = Figure(figsize=(7, 5), layout="constrained").subplots()
-    yield axes
-    axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
-    axes.set_xticks(sorted(ticks), [f"{tick:,}" for tick in sorted(ticks)])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.figure.legend(fontsize=8, handlelength=3, columnspacing=1, loc="outside lower center", ncols=3)
-    axes.text(0.99, 0.01, note, ha="right", va="bottom", fontsize=7, color="gray", transform=axes.transAxes)
-    write_whole(path, lambda partial: axes.figure.savefig(partial, dpi=150, format="png"))
 
 
 def induction_task(arguments):
@@ -2030,6 +2017,21 @@ def train_fasttext(folder, train, val, test):
     predict = lambda ids: np.array([number(first) for first, *_ in model.predict(texts_of(ids))[0]])
     return {"validation": float(np.mean(predict(val[0]) == val[1])), "train_seconds": seconds,
             **score(test[1], predict(test[0]), len(LABELS))}
+
+
+@contextlib.contextmanager
+def figure(path, title, xlabel, ylabel, ticks, note=""):
+    """A figure with lines over a logarithmic axis that has `ticks`, written to `path`."""
+    from matplotlib.figure import Figure
+    axes = Figure(figsize=(7, 5), layout="constrained").subplots()
+    yield axes
+    axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.set_xticks(sorted(ticks), [f"{tick:,}" for tick in sorted(ticks)])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.figure.legend(fontsize=8, handlelength=3, columnspacing=1, loc="outside lower center", ncols=3)
+    axes.text(0.99, 0.01, note, ha="right", va="bottom", fontsize=7, color="gray", transform=axes.transAxes)
+    write_whole(path, lambda partial: axes.figure.savefig(partial, dpi=150, format="png"))
 
 
 def draw_size(path, table, data):
