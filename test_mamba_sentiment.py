@@ -132,9 +132,10 @@ def scan_case(seed, batch, length, channels, state, delta=(0.001, 0.1), rate=(1,
         normal(channels), normal((batch, channels, state)))]
 
 
-def scan_and_gradients(case, method, dy, dh):
-    """-> ([y, last state], gradients of sum(dy y) + sum(dh last state)), as the script computes them."""
-    def compute(*inputs):
+@functools.cache
+def gradients_by(method):
+    """-> compute(dy, dh, *inputs) of `scan_and_gradients`."""
+    def compute(dy, dh, *inputs):
         with tf.GradientTape() as tape:
             tape.watch(inputs)
             *plain, initial = inputs
@@ -142,9 +143,12 @@ def scan_and_gradients(case, method, dy, dh):
             loss = tf.reduce_sum(out[0] * dy) + tf.reduce_sum(out[1] * dh)
         return out, tape.gradient(loss, inputs)
 
-    if method == "sequential":                                # which takes long, step by step
-        compute = tf.function(compute)
-    return tf.nest.map_structure(lambda x: x.numpy(), compute(*map(tf.constant, case)))
+    return tf.function(compute) if method == "sequential" else compute        # which takes long, step by step
+
+
+def scan_and_gradients(case, method, dy, dh):
+    """-> ([y, last state], gradients of sum(dy y) + sum(dh last state)), as the script computes them."""
+    return tf.nest.map_structure(lambda x: x.numpy(), gradients_by(method)(*map(tf.constant, (dy, dh, *case))))
 
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "initial state")
@@ -1367,7 +1371,10 @@ def test_a_learning_curve_takes_over_what_train_has_trained(trained, monkeypatch
 def test_bench_writes_tables_and_figures(tmp_path, monkeypatch, capsys, uncompiled):
     monkeypatch.setattr(ms, "SCAN_SHAPES", ((2, 20, 4, 3),))
     monkeypatch.setattr(ms, "BATCH_TOKENS", 32)
-    monkeypatch.setattr(ms.Config, "batch_size", 8)
+    build = ms.build_model
+    monkeypatch.setattr(ms, "build_model", lambda name: build(name, ms.Config(**TINY)))
+    for name, value in (("batch_size", 8), ("vocab_size", TINY["vocab_size"])):
+        monkeypatch.setattr(ms.Config, name, value)
     works("bench", "--lengths", 8, "--models", "transformer", "lstm", "--run-dir", tmp_path)
     assert "(2, 20, 4, 3)" in capsys.readouterr().out
     latency, training, scan = (pd.read_csv(tmp_path / "bench" / f"{name}.csv") for name in ("latency", "training", "scan"))
