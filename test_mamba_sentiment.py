@@ -9,6 +9,7 @@ import functools
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ import resource
 import shutil
 import signal
 import socket
+import string
 import subprocess
 import sys
 import tempfile
@@ -45,15 +47,10 @@ SHARED = SCRIPT.parent.parent / "shared"
 
 # ---------------------------------------------------------------------------------- helpers
 
-def run(*arguments, cwd=None, input=None):
-    """The command line for real, in a process of its own."""
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], cwd=cwd, input=input,
-                          capture_output=True, text=True)
-
-
 def script(body):
     """The command that runs a piece of Python, with the script imported as `ms`, in a process of its own."""
-    start = f"import os, pathlib, signal, sys, time; sys.path.insert(0, {str(SCRIPT.parent)!r}); import mamba_sentiment as ms\n"
+    start = "import os, pathlib, signal, sys, time\n"
+    start += f"sys.path.insert(0, {str(SCRIPT.parent)!r})\nimport mamba_sentiment as ms\n"
     return [sys.executable, "-c", start + textwrap.dedent(body)]
 
 
@@ -173,16 +170,18 @@ def random_ids(seed, batch, length, vocabulary=100):
     return np.random.default_rng(seed).integers(1, vocabulary, (batch, length)).astype("int32")
 
 
+WORDS = {"negative": ["sad", "awful", "lost", "cry", "pain"], "positive": ["happy", "great", "love", "win", "sun"]}
+
+
 def tweets_file(path, n=600, seed=0):
     """Tweets in the six-column format whose words give their label away, half of them negative."""
     r = np.random.default_rng(seed)
-    words = {0: ["sad", "awful", "lost", "cry", "pain"], 4: ["happy", "great", "love", "win", "sun"]}
     filler = ["the", "day", "my", "work", "phone", "we", "today", "and", "home", "tea"]
     rows = []
     for i in range(n):
-        label = (0, 4)[i % 2]
-        text = " ".join(r.permutation([*r.choice(words[label], 2), *r.choice(filler, 4)]))
-        rows.append(f'"{label}","{i}","Mon","NO_QUERY","user","@you {text}, ok! http://x.y/{i}"')
+        label = ("negative", "positive")[i % 2]
+        text = " ".join(r.permutation([*r.choice(WORDS[label], 2), *r.choice(filler, 4)]))
+        rows.append(f'"{(0, 4)[i % 2]}","{i}","Mon","NO_QUERY","user","@you {text}, ok! http://x.y/{i}"')
     path.write_text("\n".join(rows) + "\n", encoding="latin-1")
     return path
 
@@ -234,10 +233,14 @@ def uncompiled(monkeypatch):
     tf.config.run_functions_eagerly(False)
 
 
-def once_more(trained, run_dir):
+def places(trained, run_dir=None):
+    """The options that name the data of `trained`, and its run folder or another."""
+    return ["--data-dir", trained[0] / "data", "--run-dir", run_dir or trained[0] / "runs"]
+
+
+def once_more(folder, run_dir):
     """The command of `trained`, in whose folder it is, for the LSTM alone, with another run folder."""
-    return command("train", "--model", "lstm", "--data-dir", trained / "data", "--run-dir", run_dir, "--epochs", 3,
-                   "--batch-size", 32, **TINY)
+    return command("train", "--model", "lstm", *places([folder], run_dir), "--epochs", 3, "--batch-size", 32, **TINY)
 
 
 def lstm_weights(run_dir):
@@ -329,14 +332,19 @@ def test_bad_files_are_refused_with_the_line(tmp_path, capsys, content, words):
 def test_missing_files_and_broken_archives_are_refused(tmp_path, capsys):
     refuses(capsys, ["preprocess", "--data", tmp_path / "no.csv", "--data-dir", tmp_path], "no.csv")
     for ending in (".gz", ".xz", ".zip"):
-        (tmp_path / f"broken.csv{ending}").write_bytes(b"not compressed")
-        refuses(capsys, ["preprocess", "--data", tmp_path / f"broken.csv{ending}", "--data-dir", tmp_path], "broken.csv")
+        broken = tmp_path / f"broken.csv{ending}"
+        broken.write_bytes(b"not compressed")
+        refuses(capsys, ["preprocess", "--data", broken, "--data-dir", tmp_path], "broken.csv")
+
+
+def different_words(n):
+    return ["".join(letters) for letters in itertools.islice(itertools.product(string.ascii_lowercase, repeat=4), n)]
 
 
 def test_splitting_drops_what_it_should_and_keeps_the_balance(capsys):
-    texts = [f"w{chr(97 + i % 26)}{chr(97 + i // 26 % 26)}{chr(97 + i // 676)}" for i in range(3000)]
+    texts = different_words(3000)
     labels = [0] * 2000 + [2] * 1000
-    splits = ms.clean_and_split(texts + ["wAAA!", "123", "both", "Both"], labels + [0, 0, 0, 2])
+    splits = ms.clean_and_split(texts + ["AAAA!", "123", "either", "Either"], labels + [0, 0, 0, 2])
     assert "1 empty after cleaning, 1 duplicates, 2 with more than one label; 3,000 left" in capsys.readouterr().out
     everything = pd.concat(splits.values())
     assert sorted(everything.text) == sorted(texts)
@@ -348,14 +356,13 @@ def test_splitting_drops_what_it_should_and_keeps_the_balance(capsys):
 
 
 def test_validation_and_test_have_3000_tweets_each_where_there_are_30000():
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    texts = [letters[i % 26] + letters[i // 26 % 26] + letters[i // 676 % 26] + letters[i // 17576] for i in range(30_000)]
-    splits = ms.clean_and_split(texts, [i % 3 for i in range(30_000)])
+    splits = ms.clean_and_split(different_words(30_000), [i % 3 for i in range(30_000)])
     assert len(splits["val"]) == len(splits["test"]) == 3000
 
 
 def test_a_vocabulary_trained_twice_is_the_same():
-    texts = [ms.clean_tweet(f"tweet number {i} about the {w} café 욥") for i, w in enumerate(["weather", "football", "music"] * 9)]
+    words = ["weather", "football", "music"] * 9
+    texts = [ms.clean_tweet(f"tweet number {i} about the {word} café 욥") for i, word in enumerate(words)]
     first, second = (ms.load_tokenizer("train", training_texts=texts) for _ in range(2))
     assert first.get_vocab() == second.get_vocab() and ms.vocabulary_hash(first) == ms.vocabulary_hash(second)
     ids = ms.tokenize(first, ["tweet about music", ""], 8)
@@ -412,9 +419,10 @@ def test_a_killed_preprocessing_leaves_no_result_or_a_whole_one(tmp_path):
             files = sorted(path.name for path in folder.glob("*"))
             assert files in ([], ["meta.json", "test_tokenized.csv", "tokenizer", "train_tokenized.csv",
                                   "val_tokenized.csv"]), files
-            print("found", bool(files) and len(ms.read_tokenized(folder / "train_tokenized.csv", 30522)[0]))""", cwd=tmp_path)
+            rows = len(ms.read_tokenized(folder / "train_tokenized.csv", 30522)[0]) if files else 0
+            print("found", rows)""", cwd=tmp_path)
     found = re.findall("found (.*)", said)
-    assert found[0] == "False" and found[-1] == "588" and set(found) == {"False", "588"} and len(found) == 13
+    assert found[0] == "0" and found[-1] == "588" and set(found) == {"0", "588"} and len(found) == 13
 
 
 def test_two_files_of_one_name_are_not_mixed_up(tmp_path, capsys):
@@ -424,7 +432,7 @@ def test_two_files_of_one_name_are_not_mixed_up(tmp_path, capsys):
     works(*arguments, first)
     capsys.readouterr()
     refuses(capsys, [*arguments, second], first, "rename")
-    refuses(capsys, ["train", "--model", "lstm", "--data-dir", tmp_path / "d", "--run-dir", tmp_path, "--data", second], "rename")
+    refuses(capsys, ["train", "--model", "lstm", "--data-dir", tmp_path / "d", "--data", second], "rename")
 
 
 class _Files(http.server.SimpleHTTPRequestHandler):
@@ -476,7 +484,8 @@ def test_a_wrong_or_unreachable_sentiment140_is_refused(tmp_path, server, monkey
 
 @pytest.mark.parametrize("ending", [".zip", ".gz", ".xz"])
 def test_a_sentiment140_that_lies_in_the_data_folder_is_taken(tmp_path, ending):
-    pd.DataFrame([["0", "1", "d", "q", "u", "bad"]]).to_csv(tmp_path / (ms.SENTIMENT140_CSV + ending), header=False, index=False)
+    table = pd.DataFrame([["0", "1", "d", "q", "u", "bad"]])
+    table.to_csv(tmp_path / (ms.SENTIMENT140_CSV + ending), header=False, index=False)
     _, path = ms.find_data("auto", tmp_path)
     assert ms.read_tweets(path)[:2] == (["bad"], [0])
 
@@ -550,8 +559,9 @@ def test_scan_agrees_with_numpy_in_output_state_and_gradients(method, shape):
 
 
 @pytest.mark.parametrize("method", ms.METHODS)
-@pytest.mark.parametrize("delta, rate", [((1e-6, 100), (1e-3, 1e3)), ((10, 100), (100, 1000)), ((1e-6, 1e-5), (1e-3, 1e-2)),
-                                         ((1e-6, 1e-6), (1e3, 1e3)), ((100, 100), (1e-3, 1e-3))], ids=str)
+@pytest.mark.parametrize("delta, rate", [
+    ((1e-6, 100), (1e-3, 1e3)), ((10, 100), (100, 1000)), ((1e-6, 1e-5), (1e-3, 1e-2)), ((1e-6, 1e-6), (1e3, 1e3)),
+    ((100, 100), (1e-3, 1e-3))], ids=str)
 def test_scan_is_exact_for_extreme_steps_and_rates(method, delta, rate):
     check_scan(scan_case(7, *SHAPES[-1], delta, rate), method)
 
@@ -560,7 +570,7 @@ def test_scan_is_exact_for_extreme_steps_and_rates(method, delta, rate):
 def test_scan_is_exact_for_random_scales(method):
     r = np.random.default_rng(3)
     for seed, shape in enumerate(SHAPES):                     # which are compiled already
-        delta, rate = (np.sort(np.exp(r.uniform(np.log(low), np.log(high), 2))) for low, high in ((1e-6, 100), (1e-3, 1e3)))
+        delta, rate = (np.sort(np.exp(r.uniform(*np.log(bounds), 2))) for bounds in ((1e-6, 100), (1e-3, 1e3)))
         check_scan(scan_case(seed, *shape, delta, rate), method)
 
 
@@ -581,8 +591,9 @@ def test_scan_passes_the_grid_of_the_official_implementation(method, length):
     out, gradients = scan_and_gradients(case, method, dy, dh)
     for got, want in zip(out, numpy_scan(*case)):
         np.testing.assert_allclose(got, want, rtol=6e-4, atol=2e-3)
-    for name, got, want, rtol, atol in zip(NAMES, gradients, numpy_scan(*case, dy.astype("float64"), dh.astype("float64")),
-                                           (1.2e-3, 3e-3, 1e-3, 6e-4, 6e-4, 1e-3), (4e-3, 2e-2, 5e-3, 2e-3, 2e-3, 1e-3)):
+    expected = numpy_scan(*case, dy.astype("float64"), dh.astype("float64"))
+    for name, got, want, rtol, atol in zip(NAMES, gradients, expected, (1.2e-3, 3e-3, 1e-3, 6e-4, 6e-4, 1e-3),
+                                           (4e-3, 2e-2, 5e-3, 2e-3, 2e-3, 1e-3)):
         np.testing.assert_allclose(got, want, rtol=rtol, atol=atol, err_msg=name)
 
 
@@ -602,14 +613,16 @@ def test_scan_is_exact_where_the_formula_common_in_tensorflow_is_not(length, err
 
 @pytest.mark.parametrize("method", ms.METHODS)
 def test_scan_cut_anywhere_and_carried_on_gives_the_whole(method):
-    *inputs, initial = scan_case(5, 2, 40, 4, 3)
-    u, delta, A, B, C, D = inputs
-    whole, last = ms.selective_scan(*inputs, initial_state=initial, return_state=True, method=method)
+    u, delta, A, B, C, D, initial = scan_case(5, 2, 40, 4, 3)
+
+    def scan(steps, state):
+        return ms.selective_scan(u[:, steps], delta[:, steps], A, B[:, steps], C[:, steps], D, initial_state=state,
+                                 return_state=True, method=method)
+
+    whole, last = scan(slice(None), initial)
     for cut in (1, 16, 24, 39):
-        first, state = ms.selective_scan(u[:, :cut], delta[:, :cut], A, B[:, :cut], C[:, :cut], D, initial_state=initial,
-                                         return_state=True, method=method)
-        second, end = ms.selective_scan(u[:, cut:], delta[:, cut:], A, B[:, cut:], C[:, cut:], D, initial_state=state,
-                                        return_state=True, method=method)
+        first, state = scan(slice(cut), initial)
+        second, end = scan(slice(cut, None), state)
         np.testing.assert_allclose(np.concatenate([first, second], 1), whole, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(end, last, rtol=1e-5, atol=1e-5)
 
@@ -667,7 +680,8 @@ def test_fused_scan_never_holds_all_states_and_is_not_unrolled():
     ("initial_state", (2, 4, 3), ["initial_state must have the shape (B, D, N)", "(2, 4, 3)"]),
 ])
 def test_scan_names_the_argument_whose_shape_is_wrong(name, shape, words):
-    shapes = {"u": (2, 5, 3), "delta": (2, 5, 3), "A": (3, 4), "B": (2, 5, 4), "C": (2, 5, 4), "D": (3,), "initial_state": (2, 3, 4)}
+    shapes = {"u": (2, 5, 3), "delta": (2, 5, 3), "A": (3, 4), "B": (2, 5, 4), "C": (2, 5, 4), "D": (3,),
+              "initial_state": (2, 3, 4)}
     ms.selective_scan(**{k: np.zeros(s, "float32") for k, s in shapes.items()})
     for call in (ms.selective_scan, tf.function(ms.selective_scan)):
         with pytest.raises(ValueError) as error:
@@ -758,8 +772,8 @@ def test_what_is_not_selected_is_the_same_at_every_position(selection):
     block.dt_bias.assign(w["dt_bias"]), block.D.assign(w["D"])
     u = np.random.default_rng(0).standard_normal((2, 11, 64))
     got = block.ssm(tf.constant(u, tf.float32), tf.ones((2, 11, 1))).numpy()
-    columns = iter(np.split(u @ w["x_proj"], np.cumsum([{"delta": 2}.get(p, 3) for p in ("delta", "B", "C") if p in selected]),
-                            -1) if "x_proj" in w else [])
+    sizes = [size for part, size in (("delta", 2), ("B", 3), ("C", 3)) if part in selected]
+    columns = iter(np.split(u @ w["x_proj"], np.cumsum(sizes), -1) if "x_proj" in w else [])
     delta = np.log1p(np.exp((next(columns) @ w["dt_proj"] if "delta" in selected else 0) + w["dt_bias"] + 0 * u))
     B, C = (next(columns) if p in selected else np.broadcast_to(w[p], (2, 11, 3)) for p in ("B", "C"))
     want = numpy_scan(u, delta, -np.exp(w["A_log"]), B, C, w["D"], np.zeros((2, 64, 3)))[0]
@@ -784,7 +798,7 @@ def test_initial_values_in_the_assembled_model_are_the_papers():
 
 def test_a_word_is_embedded_with_the_word_before_it():
     model, ids = ms.build_model("lstm", ms.Config(**SMALL)), random_ids(0, 3, 7)
-    pairs = [[(40503 * (row[t - 1] if t else 0) + row[t]) % SMALL["pairs"] for t in range(7)] for row in ids.astype(int)]
+    pairs = [[(40503 * before + word) % SMALL["pairs"] for before, word in zip([0, *row], row)] for row in ids.tolist()]
     expected = model.embedding.embeddings.numpy()[ids] + (
         model.pair_embedding.embeddings.numpy()[pairs] @ model.pair_projection.kernel.numpy())
     np.testing.assert_allclose(model.embed(ids), expected, atol=1e-6)
@@ -900,7 +914,8 @@ def test_the_next_word_is_scored_among_words_of_the_batch():
                 right = np.exp(state[t] @ embeddings[word])
                 losses.append(-np.log(right / (right + scores.sum())))
         assert float(got[tweet]) == pytest.approx(np.mean(losses), rel=1e-5)
-    assert float(ms.next_word_loss(tf.zeros((1, 2, 4)), tf.constant([[1, 0]]), tf.constant([2]), tf.ones((9, 4)))[0]) == 0
+    one_word = ms.next_word_loss(tf.zeros((1, 2, 4)), tf.constant([[1, 0]]), tf.constant([2]), tf.ones((9, 4)))
+    assert float(one_word[0]) == 0
 
 
 def test_training_from_the_command_line_learns_and_writes_its_files(trained):
@@ -938,8 +953,9 @@ def test_one_seed_gives_the_same_weights_and_another_seed_other_ones(uncompiled)
 
 def test_training_stopped_by_signals_goes_on_to_the_same_weights(tmp_path, monkeypatch, capsys, uncompiled):
     config = ms.Config(**TINY, batch_size=32, epochs=2, seed=1)
-    train = random_ids(0, 120, 5), np.random.default_rng(1).integers(0, 3, 120).astype("int32")      # four steps an epoch
-    val, state, calls, stops = (train[0][:20], train[1][:20]), tmp_path / "state.npz", [], {2: signal.SIGINT, 4: signal.SIGTERM}
+    ids, labels = train = random_ids(0, 120, 5), np.arange(120, dtype="int32") % 3      # four steps an epoch
+    val, state = (ids[:20], labels[:20]), tmp_path / "state.npz"
+    calls, stops = [], {2: signal.SIGINT, 4: signal.SIGTERM}
     identity = ms.identify("lstm", config, "random", train)
     whole, _ = ms.train_fresh(identity, train, val, None)
 
@@ -958,7 +974,7 @@ def test_training_stopped_by_signals_goes_on_to_the_same_weights(tmp_path, monke
     resumed, row = ms.train_fresh(identity, train, val, state)
     assert f"going on from {state}, after step 4 of 4 of epoch 1" in capsys.readouterr().out and len(calls) == 8
     same_weights(whole.get_weights(), resumed.get_weights())
-    other = ms.identify("lstm", config, "random", (train[0], 2 - train[1]))
+    other = ms.identify("lstm", config, "random", (ids, 2 - labels))
     assert row["train_crc32"] == identity["train_crc32"] != other["train_crc32"]
     assert ms.load_state(state, other) is None and "starting over" in capsys.readouterr().out
     state.write_bytes(state.read_bytes()[:-100])
@@ -1071,16 +1087,16 @@ def test_two_trainings_at_once_in_one_folder_leave_it_whole(trained, two_at_once
 
 
 @pytest.mark.parametrize("harm", ["disk full", "folder deleted"])
-def test_training_that_cannot_write_says_so_and_keeps_its_last_state(trained, tmp_path, monkeypatch, capsys, uncompiled, harm):
-    arguments = ["train", "--model", "lstm", "--data-dir", trained[0] / "data", "--run-dir", tmp_path, "--batch-size", 128,
-                 "--epochs", 1]
+def test_training_that_cannot_write_says_so_and_keeps_its_last_state(trained, tmp_path, monkeypatch, capsys, uncompiled,
+                                                                     harm):
+    arguments = ["train", "--model", "lstm", *places(trained, tmp_path), "--batch-size", 128, "--epochs", 1]
     run_folder, calls, limits = tmp_path / "tweets" / "lstm", [], resource.getrlimit(resource.RLIMIT_FSIZE)
 
     class Progbar(keras.utils.Progbar):
         def update(self, *arguments):
             calls.append(arguments)
             if len(calls) == 3 and harm == "disk full":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))       # no file may be larger than 1,000 bytes
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))        # no file larger than 1,000 bytes
             elif len(calls) == 3:
                 shutil.rmtree(run_folder)
 
@@ -1096,10 +1112,10 @@ def test_training_that_cannot_write_says_so_and_keeps_its_last_state(trained, tm
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(trained, tmp_path, capsys):
-    folder, _ = trained
-    (tmp_path / "file").write_text("in the way")
-    refuses(capsys, ["train", "--model", "lstm", "--data-dir", folder / "data", "--run-dir", tmp_path / "file"], "file", "--run-dir")
-    refuses(capsys, ["preprocess", "--data", folder / "tweets.csv", "--data-dir", tmp_path / "file" / "x"], "file", "--data-dir")
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    refuses(capsys, ["train", "--model", "lstm", *places(trained, file)], file, "--run-dir")
+    refuses(capsys, ["preprocess", "--data", trained[0] / "tweets.csv", "--data-dir", file / "x"], file, "--data-dir")
 
 
 def test_training_stops_where_the_loss_is_no_number(tmp_path, uncompiled):
@@ -1122,7 +1138,8 @@ def test_a_step_shared_among_cores_is_the_step_of_the_whole_batch(monkeypatch, u
         for _ in range(3):                                                # at the first the learning rate is 0
             sums.append(step(*map(tf.constant, (rows, random_ids(0, 8, 6), labels, 1))))
         weights.append(model.get_weights())
-    assert sums[0][2] == 6 and all((before != after).any() for before, after in zip(start, weights[1]) if before.ndim > 1)
+    assert sums[0][2] == 6
+    assert all((before != after).any() for before, after in zip(start, weights[1]) if before.ndim > 1)
     np.testing.assert_allclose(sums[:3], sums[3:], rtol=1e-4)
     for one, shared in zip(*weights):
         np.testing.assert_allclose(one, shared, atol=1e-4)
@@ -1135,7 +1152,8 @@ def test_scores_agree_with_counts_by_hand():
     scores = ms.score(labels, predicted, 3)
     assert scores["confusion"] == [[3, 0, 1], [0, 0, 0], [1, 1, 4]] and scores["n"] == 10
     assert scores["accuracy"] == 0.7
-    assert scores["precision"] == pytest.approx([3 / 4, 0, 4 / 5]) and scores["recall"] == pytest.approx([3 / 4, 0, 4 / 6])
+    assert scores["precision"] == pytest.approx([3 / 4, 0, 4 / 5])
+    assert scores["recall"] == pytest.approx([3 / 4, 0, 4 / 6])
     assert scores["macro_f1"] == pytest.approx((3 / 4 + 8 / 11) / 2)       # neutral does not occur
     assert scores["interval"] == pytest.approx([0.3968, 0.8922], abs=2e-4)   # Wilson's, as printed in tables
 
@@ -1149,31 +1167,30 @@ def test_the_paired_test_counts_what_only_one_gets_right():
 
 
 def test_what_is_not_trained_or_does_not_fit_is_refused(trained, tmp_path, capsys):
-    folder, _ = trained
-    places = ["--data-dir", folder / "data", "--run-dir"]
-    refuses(capsys, ["evaluate", *places, tmp_path / "none"], "model.keras", "train --model mamba")
-    refuses(capsys, ["predict", "hi", *places, tmp_path / "none"], "train --model mamba")
+    refuses(capsys, ["evaluate", *places(trained, tmp_path / "none")], "model.keras", "train --model mamba")
+    refuses(capsys, ["predict", "hi", *places(trained, tmp_path / "none")], "train --model mamba")
     refuses(capsys, ["predict", "hi", "--data-dir", tmp_path], "nothing preprocessed")
-    refuses(capsys, ["evaluate", "--test", tmp_path / "no.csv", *places, folder / "runs"], "no.csv")
+    refuses(capsys, ["evaluate", "--test", tmp_path / "no.csv", *places(trained)], "no.csv")
     for content, words in (("a,b\n1,2\n", ["columns"]), ("0,1,label\n1,99999,0\n", ["line 2", "vocabulary"]),
                            ("0,1,label\n1,2,0\n1,2,7\n", ["line 3"]), ("0,1,label\n1,x,0\n", ["token ids"])):
         (tmp_path / "t.csv").write_text(content)
-        refuses(capsys, ["evaluate", "--test", tmp_path / "t.csv", *places, folder / "runs"], "t.csv", *words)
+        refuses(capsys, ["evaluate", "--test", tmp_path / "t.csv", *places(trained)], "t.csv", *words)
     other = tmp_path / "runs" / "tweets" / "mamba"
     other.mkdir(parents=True)
     ms.build_model("mamba", ms.Config(**SMALL, vocabulary="another")).save(other / "model.keras")
-    refuses(capsys, ["predict", "hi", *places, tmp_path / "runs"], "another vocabulary")
+    refuses(capsys, ["predict", "hi", *places(trained, tmp_path / "runs")], "another vocabulary")
     (other / "model.keras").write_bytes(b"broken")
-    refuses(capsys, ["predict", "hi", *places, tmp_path / "runs"], "does not load")
+    refuses(capsys, ["predict", "hi", *places(trained, tmp_path / "runs")], "does not load")
 
 
 def test_a_model_that_brings_code_is_refused_and_its_code_not_run(trained, tmp_path, capsys):
-    folder, ran = trained[0], str(tmp_path / "ran")
+    ran = str(tmp_path / "ran")
     path = tmp_path / "runs" / "tweets" / "mamba" / "model.keras"
     path.parent.mkdir(parents=True)
-    keras.Sequential([keras.Input((4,)), keras.layers.Lambda(lambda x: (open(ran, "w"), x)[1], output_shape=(4,))]).save(path)
+    harmful = keras.layers.Lambda(lambda x: (open(ran, "w"), x)[1], output_shape=(4,))
+    keras.Sequential([keras.Input((4,)), harmful]).save(path)
     pathlib.Path(ran).unlink(missing_ok=True)
-    refuses(capsys, ["predict", "hi", "--data-dir", folder / "data", "--run-dir", tmp_path / "runs"], path, "Lambda", "train it")
+    refuses(capsys, ["predict", "hi", *places(trained, tmp_path / "runs")], path, "Lambda", "train it")
     assert not os.path.exists(ran)
 
 
@@ -1186,24 +1203,22 @@ def test_evaluate_shows_the_models_side_by_side(trained, monkeypatch, capsys, un
     assert "588 tweets of" in out and "95 % interval" in out and "disagree on" in out and error == ""
 
 
-def test_evaluate_takes_raw_tweets_and_counts_a_class_apart_that_training_never_had(trained, tmp_path, capsys, uncompiled):
-    folder, _ = trained
-    places = ["--data-dir", folder / "data", "--run-dir", folder / "runs"]
+def test_evaluate_takes_raw_tweets_and_counts_a_class_apart_that_training_never_had(trained, tmp_path, capsys,
+                                                                                    uncompiled):
     rows = [("0", "1", "Mon", "phones", "u", "sad awful day"), ("4", "2", "Mon", "phones", "u", "happy great day"),
             ("4", "3", "Mon", "tea", "u", "love the sun"), ("2", "4", "Mon", "tea", "u", "we work")]
     pd.DataFrame(rows).to_csv(tmp_path / "manual.csv", header=False, index=False, quoting=1)
-    works("evaluate", "--model", "mamba", "--test", tmp_path / "manual.csv", "--by", "query", *places)
+    works("evaluate", "--model", "mamba", "--test", tmp_path / "manual.csv", "--by", "query", *places(trained))
     out, error = capsys.readouterr()
     assert error == "" and "1 are of a class that no training tweet had" in out and "counted apart it calls" in out
-    said = json.loads((folder / "runs" / "tweets" / "evaluation_manual.json").read_text())
+    said = json.loads((trained[0] / "runs" / "tweets" / "evaluation_manual.json").read_text())
     assert said["models"][0]["n"] == 3 and said["models"][0]["accuracy"] == 1 and sum(said["models"][0]["apart"]) == 1
     assert [(row["group"], row["n"], row["mamba"][0]) for row in said["groups"]] == [("phones", 2, 1), ("tea", 1, 1)]
 
 
 def test_a_test_file_of_unknown_classes_only_is_refused(trained, tmp_path, capsys):
     (tmp_path / "t.csv").write_text("text,label\nwe work,neutral\n")
-    refuses(capsys, ["evaluate", "--test", tmp_path / "t.csv", "--data-dir", trained[0] / "data", "--run-dir", trained[0] / "runs"],
-            "no tweet", "t.csv")
+    refuses(capsys, ["evaluate", "--test", tmp_path / "t.csv", *places(trained)], "no tweet", "t.csv")
 
 
 def test_accuracy_is_shown_for_each_value_of_a_column_or_by_length(trained, tmp_path, capsys, uncompiled):
@@ -1218,14 +1233,15 @@ def test_accuracy_is_shown_for_each_value_of_a_column_or_by_length(trained, tmp_
     assert [(row["group"], row["n"]) for row in rows] == [(f"{i} to {i + 19}", 20) for i in range(0, 100, 20)]
     table = pd.read_csv(folder / "data" / "tweets" / "test_tokenized.csv").assign(dialect=list("xxyyyy"))
     table.to_csv(tmp_path / "t.csv", index=False)
-    places = ["--data-dir", folder / "data", "--run-dir", folder / "runs", "--test", tmp_path / "t.csv"]
+    arguments = ["evaluate", "--model", "lstm", *places(trained), "--test", tmp_path / "t.csv", "--by"]
     lengths = (table.drop(columns=["label", "dialect"]) != 0).sum(axis=1).value_counts().sort_index()
-    for by, expected in (("dialect", [("x", 2), ("y", 4)]), ("length", [(str(n), count) for n, count in lengths.items()])):
-        works("evaluate", "--model", "lstm", *places, "--by", by)
+    lengths = [(str(length), count) for length, count in lengths.items()]
+    for by, expected in (("dialect", [("x", 2), ("y", 4)]), ("length", lengths)):
+        works(*arguments, by)
         found = json.loads((folder / "runs" / "tweets" / "evaluation_t.json").read_text())["groups"]
         assert [(row["group"], row["n"]) for row in found] == expected
     capsys.readouterr()
-    refuses(capsys, ["evaluate", "--model", "lstm", *places, "--by", "year"], "t.csv", "no column year")
+    refuses(capsys, [*arguments, "year"], "t.csv", "no column year")
 
 
 def test_disagreements_show_what_each_model_says_and_which_is_right(trained, capsys):
@@ -1237,8 +1253,7 @@ def test_disagreements_show_what_each_model_says_and_which_is_right(trained, cap
     for line in said[3:]:
         tweet, label, mamba, lstm = re.match(r"(.{60}) (\w+) +(\S+) +(\S+)", line).groups()
         assert mamba == label + "*" and lstm == {"negative": "positive", "positive": "negative"}[label]
-        assert ("sad awful lost cry pain".split() if label == "negative" else "happy great love win sun".split()).count(
-            next(word for word in tweet.split() if word in "sad awful lost cry pain happy great love win sun".split())) == 1
+        assert {word for words in WORDS.values() for word in words} & set(tweet.split()) <= set(WORDS[label])
 
 
 def test_predict_answers_arguments_and_standard_input(trained, monkeypatch, capsys, uncompiled):
@@ -1249,17 +1264,17 @@ def test_predict_answers_arguments_and_standard_input(trained, monkeypatch, caps
     assert error == ""
     assert lines[0].startswith("positive") and lines[1].startswith("negative") and len(lines) == 3
     assert sum(float(p) for p in re.findall(r"\d\.\d+", lines[0])) == pytest.approx(1, abs=0.002)
-    piped = run("predict", "--model", "lstm", cwd=trained[0], input="happy win\n\nsad cry")     # for real
+    piped = subprocess.run([sys.executable, SCRIPT, "predict", "--model", "lstm"], cwd=trained[0], capture_output=True,
+                           text=True, input="happy win\n\nsad cry")            # for real, in a process of its own
     assert (piped.returncode, piped.stderr) == (0, "")
     assert [line.split()[0] for line in piped.stdout.splitlines()][::2] == ["positive", "negative"]
 
 
 def test_predict_takes_any_bytes_and_prints_nothing_that_steers_a_terminal(trained, monkeypatch, capsys, uncompiled):
-    lines = [b"great sun", b"", b"\x00\x1b[31m lost\r", b"\xff\xfe", "\U0001f642\U0001f642".encode(), "\u202eabc \u05e9\u05dc\u05d5\u05dd".encode(),
-             b"x" * 1_000_000]
+    lines = [b"great sun", b"", b"\x00\x1b[31m lost\r", b"\xff\xfe", "\U0001f642\U0001f642".encode(),
+             "\u202eabc \u05e9\u05dc\u05d5\u05dd".encode(), b"x" * 1_000_000]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines))))
-    arguments = ["predict", "--model", "lstm", "--data-dir", trained[0] / "data", "--run-dir", trained[0] / "runs"]
-    works(*arguments)
+    works("predict", "--model", "lstm", *places(trained))
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) == len(lines) and all(answer.isprintable() for answer in answers)
     assert answers[0].startswith("positive") and answers[2].startswith("negative") and answers[2].endswith("[31m lost")
@@ -1267,25 +1282,30 @@ def test_predict_takes_any_bytes_and_prints_nothing_that_steers_a_terminal(train
 
 def test_an_exported_model_answers_without_this_script(trained, tmp_path, capsys):
     folder, _ = trained
-    arguments = ["export", "--data-dir", folder / "data", "--run-dir", folder / "runs", tmp_path / "saved"]
+    arguments = ["export", *places(trained), tmp_path / "saved"]
     works(*arguments)
     ids, _ = ms.read_tokenized(folder / "data" / "tweets" / "test_tokenized.csv", 100)
     np.save(tmp_path / "ids.npy", ids.astype("int32"))
-    code = ("import numpy as np, tensorflow as tf, sys; answer = tf.saved_model.load('saved').signatures['serving_default']; "
-            "np.save('answer.npy', answer(ids=tf.constant(np.load('ids.npy')))['probabilities']); "
-            "assert 'mamba_sentiment' not in sys.modules; "
-            "import os; os.mkdir('empty'); os.chdir('empty'); sys.path.insert(0, sys.argv[1]); import mamba_sentiment; "
-            "assert not os.listdir('.')")                                   # importing it runs and writes nothing
-    done = subprocess.run([sys.executable, "-c", code, str(SCRIPT.parent)], cwd=tmp_path, capture_output=True, text=True)
+    code = """if True:
+        import os, sys
+        import numpy as np, tensorflow as tf
+        answer = tf.saved_model.load("saved").signatures["serving_default"]
+        np.save("answer.npy", answer(ids=tf.constant(np.load("ids.npy")))["probabilities"])
+        assert "mamba_sentiment" not in sys.modules
+        os.mkdir("empty"), os.chdir("empty"), sys.path.insert(0, sys.argv[1])
+        import mamba_sentiment                                              # which runs and writes nothing
+        assert not os.listdir(".")"""
+    done = subprocess.run([sys.executable, "-c", code, SCRIPT.parent], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     model = keras.models.load_model(folder / "runs" / "tweets" / "mamba" / "model.keras")
-    np.testing.assert_allclose(np.load(tmp_path / "answer.npy"), tf.nn.softmax(model(np.asarray(ids, "int32"))), atol=1e-6)
+    expected = tf.nn.softmax(model(np.asarray(ids, "int32")))
+    np.testing.assert_allclose(np.load(tmp_path / "answer.npy"), expected, atol=1e-6)
     capsys.readouterr()
     refuses(capsys, arguments, "exists already")
 
 
-NASTY = (b"\x00", b"\xff\xfe", b'"', b"\r", b"\n\n", b",,,", b"\xe2\x80\xae", "\U0001f642".encode(), b"\x1b[31m", b"-5", b"99999999999", b"NaN",
-         b"1e400", b"x" * 200_000, b"\xc3\x28", b"{", b"]", b"null", b"1.5", b" ")
+NASTY = (b"\x00", b"\xff\xfe", b'"', b"\r", b"\n\n", b",,,", b"\xe2\x80\xae", "\U0001f642".encode(), b"\x1b[31m", b"-5",
+         b"99999999999", b"NaN", b"1e400", b"x" * 200_000, b"\xc3\x28", b"{", b"]", b"null", b"1.5", b" ")
 
 
 @pytest.mark.parametrize("name", ["six.csv", "table.csv", "tokenized.csv", "vocab.txt", "metrics.json", "model.keras"])
@@ -1336,7 +1356,7 @@ def test_ablate_trains_each_variant_once_and_keeps_a_table(trained, tmp_path, mo
     monkeypatch.setattr(ms, "VARIANTS", {
         "selection": [("mamba", 0.1, small | {"selection": "none"}), ("mamba", 0.1, small)],
         "induction": [("lstm", 0, small)]})
-    arguments = ["ablate", "--data-dir", trained[0] / "data", "--run-dir", tmp_path, "--epochs", 1, "--batch-size", 32, "--limit", 64]
+    arguments = ["ablate", *places(trained, tmp_path), "--epochs", 1, "--batch-size", 32, "--limit", 64]
     works(*arguments, "--length", 8, "--test-lengths", 16, 8, **TINY)
     said = capsys.readouterr().out
     assert "selection=none" in said and "already" not in said
@@ -1358,12 +1378,10 @@ def test_ablate_trains_each_variant_once_and_keeps_a_table(trained, tmp_path, mo
 
 
 def test_a_learning_curve_takes_over_what_train_has_trained(trained, monkeypatch, capsys):
-    folder, _ = trained
     monkeypatch.setattr(ms, "VARIANTS", {"size": [(name, 1.0, {}) for name in ms.MODELS]})
-    works("ablate", "--studies", "size", "--data-dir", folder / "data", "--run-dir", folder / "runs", "--epochs", 3,
-          "--batch-size", 32, **TINY)
+    works("ablate", "--studies", "size", *places(trained), "--epochs", 3, "--batch-size", 32, **TINY)
     assert capsys.readouterr().out.count("trained already") == 4
-    assert (folder / "runs" / "ablate" / "size.png").read_bytes()[:4] == b"\x89PNG"
+    assert (trained[0] / "runs" / "ablate" / "size.png").read_bytes()[:4] == b"\x89PNG"
 
 
 # ------------------------------------------------------------------------------------- 9 timing
@@ -1377,11 +1395,12 @@ def test_bench_writes_tables_and_figures(tmp_path, monkeypatch, capsys, uncompil
         monkeypatch.setattr(ms.Config, name, value)
     works("bench", "--lengths", 8, "--models", "transformer", "lstm", "--run-dir", tmp_path)
     assert "(2, 20, 4, 3)" in capsys.readouterr().out
-    latency, training, scan = (pd.read_csv(tmp_path / "bench" / f"{name}.csv") for name in ("latency", "training", "scan"))
+    latency, training, scan = (pd.read_csv(tmp_path / "bench" / f"{x}.csv") for x in ("latency", "training", "scan"))
     assert {"model", "length", "batch", "milliseconds", "machine"} <= set(latency.columns)
     assert set(zip(latency.model, latency.length, latency.batch)) == {
         (model, 8, batch) for model in ("transformer", "lstm") for batch in (1, 4)}
-    np.testing.assert_allclose(latency.microseconds_a_token, 1e3 * latency.milliseconds / latency.batch / latency.length)
+    tokens = latency.batch * latency.length
+    np.testing.assert_allclose(latency.microseconds_a_token, 1e3 * latency.milliseconds / tokens)
     assert set(scan.method) == set(ms.METHODS) and set(scan["pass"]) == {"forward", "forward+backward"}
     assert set(training.model) == {"transformer", "lstm"} and (training.tweets_a_second > 0).all()
     assert (latency.fastest <= latency.milliseconds).all() and (scan.milliseconds <= scan.slowest).all()
