@@ -233,14 +233,14 @@ def uncompiled(monkeypatch):
     tf.config.run_functions_eagerly(False)
 
 
-def places(trained, run_dir=None):
-    """The options that name the data of `trained`, and its run folder or another."""
-    return ["--data-dir", trained[0] / "data", "--run-dir", run_dir or trained[0] / "runs"]
+def places(folder, run_dir=None):
+    """The options that name the data of `trained`, in whose folder they are, and its run folder or another."""
+    return ["--data-dir", folder / "data", "--run-dir", run_dir or folder / "runs"]
 
 
 def once_more(folder, run_dir):
     """The command of `trained`, in whose folder it is, for the LSTM alone, with another run folder."""
-    return command("train", "--model", "lstm", *places([folder], run_dir), "--epochs", 3, "--batch-size", 32, **TINY)
+    return command("train", "--model", "lstm", *places(folder, run_dir), "--epochs", 3, "--batch-size", 32, **TINY)
 
 
 def lstm_weights(run_dir):
@@ -428,11 +428,11 @@ def test_a_killed_preprocessing_leaves_no_result_or_a_whole_one(tmp_path):
 def test_two_files_of_one_name_are_not_mixed_up(tmp_path, capsys):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     first, second = tweets_file(tmp_path / "a" / "t.csv", 60), tweets_file(tmp_path / "b" / "t.csv", 60)
-    arguments = ["preprocess", "--tokenizer", "train", "--data-dir", tmp_path / "d", "--data"]
+    arguments = ["preprocess", "--tokenizer", "train", "--data-dir", tmp_path / "data", "--data"]
     works(*arguments, first)
     capsys.readouterr()
     refuses(capsys, [*arguments, second], first, "rename")
-    refuses(capsys, ["train", "--model", "lstm", "--data-dir", tmp_path / "d", "--data", second], "rename")
+    refuses(capsys, ["train", "--model", "lstm", *places(tmp_path), "--data", second], "rename")
 
 
 class _Files(http.server.SimpleHTTPRequestHandler):
@@ -1089,7 +1089,7 @@ def test_two_trainings_at_once_in_one_folder_leave_it_whole(trained, two_at_once
 @pytest.mark.parametrize("harm", ["disk full", "folder deleted"])
 def test_training_that_cannot_write_says_so_and_keeps_its_last_state(trained, tmp_path, monkeypatch, capsys, uncompiled,
                                                                      harm):
-    arguments = ["train", "--model", "lstm", *places(trained, tmp_path), "--batch-size", 128, "--epochs", 1]
+    arguments = ["train", "--model", "lstm", *places(trained[0], tmp_path), "--batch-size", 128, "--epochs", 1]
     run_folder, calls, limits = tmp_path / "tweets" / "lstm", [], resource.getrlimit(resource.RLIMIT_FSIZE)
 
     class Progbar(keras.utils.Progbar):
@@ -1114,7 +1114,7 @@ def test_training_that_cannot_write_says_so_and_keeps_its_last_state(trained, tm
 def test_a_folder_that_cannot_be_written_is_refused_before_training(trained, tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("in the way")
-    refuses(capsys, ["train", "--model", "lstm", *places(trained, file)], file, "--run-dir")
+    refuses(capsys, ["train", "--model", "lstm", *places(trained[0], file)], file, "--run-dir")
     refuses(capsys, ["preprocess", "--data", trained[0] / "tweets.csv", "--data-dir", file / "x"], file, "--data-dir")
 
 
@@ -1167,20 +1167,20 @@ def test_the_paired_test_counts_what_only_one_gets_right():
 
 
 def test_what_is_not_trained_or_does_not_fit_is_refused(trained, tmp_path, capsys):
-    refuses(capsys, ["evaluate", *places(trained, tmp_path / "none")], "model.keras", "train --model mamba")
-    refuses(capsys, ["predict", "hi", *places(trained, tmp_path / "none")], "train --model mamba")
+    refuses(capsys, ["evaluate", *places(trained[0], tmp_path / "none")], "model.keras", "train --model mamba")
+    refuses(capsys, ["predict", "hi", *places(trained[0], tmp_path / "none")], "train --model mamba")
     refuses(capsys, ["predict", "hi", "--data-dir", tmp_path], "nothing preprocessed")
-    refuses(capsys, ["evaluate", "--test", tmp_path / "no.csv", *places(trained)], "no.csv")
+    refuses(capsys, ["evaluate", "--test", tmp_path / "no.csv", *places(trained[0])], "no.csv")
     for content, words in (("a,b\n1,2\n", ["columns"]), ("0,1,label\n1,99999,0\n", ["line 2", "vocabulary"]),
                            ("0,1,label\n1,2,0\n1,2,7\n", ["line 3"]), ("0,1,label\n1,x,0\n", ["token ids"])):
         (tmp_path / "t.csv").write_text(content)
-        refuses(capsys, ["evaluate", "--test", tmp_path / "t.csv", *places(trained)], "t.csv", *words)
+        refuses(capsys, ["evaluate", "--test", tmp_path / "t.csv", *places(trained[0])], "t.csv", *words)
     other = tmp_path / "runs" / "tweets" / "mamba"
     other.mkdir(parents=True)
     ms.build_model("mamba", ms.Config(**SMALL, vocabulary="another")).save(other / "model.keras")
-    refuses(capsys, ["predict", "hi", *places(trained, tmp_path / "runs")], "another vocabulary")
+    refuses(capsys, ["predict", "hi", *places(trained[0], tmp_path / "runs")], "another vocabulary")
     (other / "model.keras").write_bytes(b"broken")
-    refuses(capsys, ["predict", "hi", *places(trained, tmp_path / "runs")], "does not load")
+    refuses(capsys, ["predict", "hi", *places(trained[0], tmp_path / "runs")], "does not load")
 
 
 def test_a_model_that_brings_code_is_refused_and_its_code_not_run(trained, tmp_path, capsys):
@@ -1190,7 +1190,7 @@ def test_a_model_that_brings_code_is_refused_and_its_code_not_run(trained, tmp_p
     harmful = keras.layers.Lambda(lambda x: (open(ran, "w"), x)[1], output_shape=(4,))
     keras.Sequential([keras.Input((4,)), harmful]).save(path)
     pathlib.Path(ran).unlink(missing_ok=True)
-    refuses(capsys, ["predict", "hi", *places(trained, tmp_path / "runs")], path, "Lambda", "train it")
+    refuses(capsys, ["predict", "hi", *places(trained[0], tmp_path / "runs")], path, "Lambda", "train it")
     assert not os.path.exists(ran)
 
 
@@ -1208,7 +1208,7 @@ def test_evaluate_takes_raw_tweets_and_counts_a_class_apart_that_training_never_
     rows = [("0", "1", "Mon", "phones", "u", "sad awful day"), ("4", "2", "Mon", "phones", "u", "happy great day"),
             ("4", "3", "Mon", "tea", "u", "love the sun"), ("2", "4", "Mon", "tea", "u", "we work")]
     pd.DataFrame(rows).to_csv(tmp_path / "manual.csv", header=False, index=False, quoting=1)
-    works("evaluate", "--model", "mamba", "--test", tmp_path / "manual.csv", "--by", "query", *places(trained))
+    works("evaluate", "--model", "mamba", "--test", tmp_path / "manual.csv", "--by", "query", *places(trained[0]))
     out, error = capsys.readouterr()
     assert error == "" and "1 are of a class that no training tweet had" in out and "counted apart it calls" in out
     said = json.loads((trained[0] / "runs" / "tweets" / "evaluation_manual.json").read_text())
@@ -1218,7 +1218,7 @@ def test_evaluate_takes_raw_tweets_and_counts_a_class_apart_that_training_never_
 
 def test_a_test_file_of_unknown_classes_only_is_refused(trained, tmp_path, capsys):
     (tmp_path / "t.csv").write_text("text,label\nwe work,neutral\n")
-    refuses(capsys, ["evaluate", "--test", tmp_path / "t.csv", *places(trained)], "no tweet", "t.csv")
+    refuses(capsys, ["evaluate", "--test", tmp_path / "t.csv", *places(trained[0])], "no tweet", "t.csv")
 
 
 def test_accuracy_is_shown_for_each_value_of_a_column_or_by_length(trained, tmp_path, capsys, uncompiled):
@@ -1233,7 +1233,7 @@ def test_accuracy_is_shown_for_each_value_of_a_column_or_by_length(trained, tmp_
     assert [(row["group"], row["n"]) for row in rows] == [(f"{i} to {i + 19}", 20) for i in range(0, 100, 20)]
     table = pd.read_csv(folder / "data" / "tweets" / "test_tokenized.csv").assign(dialect=list("xxyyyy"))
     table.to_csv(tmp_path / "t.csv", index=False)
-    arguments = ["evaluate", "--model", "lstm", *places(trained), "--test", tmp_path / "t.csv", "--by"]
+    arguments = ["evaluate", "--model", "lstm", *places(trained[0]), "--test", tmp_path / "t.csv", "--by"]
     lengths = (table.drop(columns=["label", "dialect"]) != 0).sum(axis=1).value_counts().sort_index()
     lengths = [(str(length), count) for length, count in lengths.items()]
     for by, expected in (("dialect", [("x", 2), ("y", 4)]), ("length", lengths)):
@@ -1253,7 +1253,8 @@ def test_disagreements_show_what_each_model_says_and_which_is_right(trained, cap
     for line in said[3:]:
         tweet, label, mamba, lstm = re.match(r"(.{60}) (\w+) +(\S+) +(\S+)", line).groups()
         assert mamba == label + "*" and lstm == {"negative": "positive", "positive": "negative"}[label]
-        assert {word for words in WORDS.values() for word in words} & set(tweet.split()) <= set(WORDS[label])
+        telling = {word for words in WORDS.values() for word in words} & set(tweet.split())
+        assert telling and telling <= set(WORDS[label])
 
 
 def test_predict_answers_arguments_and_standard_input(trained, monkeypatch, capsys, uncompiled):
@@ -1274,7 +1275,7 @@ def test_predict_takes_any_bytes_and_prints_nothing_that_steers_a_terminal(train
     lines = [b"great sun", b"", b"\x00\x1b[31m lost\r", b"\xff\xfe", "\U0001f642\U0001f642".encode(),
              "\u202eabc \u05e9\u05dc\u05d5\u05dd".encode(), b"x" * 1_000_000]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines))))
-    works("predict", "--model", "lstm", *places(trained))
+    works("predict", "--model", "lstm", *places(trained[0]))
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) == len(lines) and all(answer.isprintable() for answer in answers)
     assert answers[0].startswith("positive") and answers[2].startswith("negative") and answers[2].endswith("[31m lost")
@@ -1282,7 +1283,7 @@ def test_predict_takes_any_bytes_and_prints_nothing_that_steers_a_terminal(train
 
 def test_an_exported_model_answers_without_this_script(trained, tmp_path, capsys):
     folder, _ = trained
-    arguments = ["export", *places(trained), tmp_path / "saved"]
+    arguments = ["export", *places(trained[0]), tmp_path / "saved"]
     works(*arguments)
     ids, _ = ms.read_tokenized(folder / "data" / "tweets" / "test_tokenized.csv", 100)
     np.save(tmp_path / "ids.npy", ids.astype("int32"))
@@ -1356,7 +1357,7 @@ def test_ablate_trains_each_variant_once_and_keeps_a_table(trained, tmp_path, mo
     monkeypatch.setattr(ms, "VARIANTS", {
         "selection": [("mamba", 0.1, small | {"selection": "none"}), ("mamba", 0.1, small)],
         "induction": [("lstm", 0, small)]})
-    arguments = ["ablate", *places(trained, tmp_path), "--epochs", 1, "--batch-size", 32, "--limit", 64]
+    arguments = ["ablate", *places(trained[0], tmp_path), "--epochs", 1, "--batch-size", 32, "--limit", 64]
     works(*arguments, "--length", 8, "--test-lengths", 16, 8, **TINY)
     said = capsys.readouterr().out
     assert "selection=none" in said and "already" not in said
@@ -1379,7 +1380,7 @@ def test_ablate_trains_each_variant_once_and_keeps_a_table(trained, tmp_path, mo
 
 def test_a_learning_curve_takes_over_what_train_has_trained(trained, monkeypatch, capsys):
     monkeypatch.setattr(ms, "VARIANTS", {"size": [(name, 1.0, {}) for name in ms.MODELS]})
-    works("ablate", "--studies", "size", *places(trained), "--epochs", 3, "--batch-size", 32, **TINY)
+    works("ablate", "--studies", "size", *places(trained[0]), "--epochs", 3, "--batch-size", 32, **TINY)
     assert capsys.readouterr().out.count("trained already") == 4
     assert (trained[0] / "runs" / "ablate" / "size.png").read_bytes()[:4] == b"\x89PNG"
 
