@@ -160,7 +160,6 @@ def parse_arguments(argv=None):
 ARGUMENTS = parse_arguments() if __name__ == "__main__" else None
 
 import bz2
-import concurrent.futures
 import contextlib
 import csv
 import functools
@@ -200,6 +199,7 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 import keras
+import tokenizers
 if _holder:
     os.write(2, b"loaded")
     os.dup2(_stderr, 2)
@@ -258,9 +258,8 @@ def sequential_scan(u, delta, A, B, C, D, h):
 
 CHUNK = 16
 
-def compiled(function):
-    """Compile a function with XLA. One that a compiled function calls becomes part of it."""
-    return tf.function(function, jit_compile=True, autograph=False)
+# A function compiled by XLA. One that a compiled function calls becomes part of it.
+compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
 
 def size(x, axis):
     """A size of x: an int or, where it is not known before the program runs, a scalar tensor."""
@@ -584,29 +583,27 @@ class MambaBlock(Block):
         self.inner = c.expand * c.width                                     # d
         # The scan and its own weights stay in float32 (or float64) under any dtype policy.
         self.scan_dtype = "float64" if self.variable_dtype == "float64" else "float32"
-        bound = c.kernel ** -0.5
-        self.in_proj = self.weight("in_proj", (c.width, 2 * self.inner), linear_init())
-        self.conv_kernel = self.weight("conv_kernel", (c.kernel, self.inner), linear_init())
-        self.conv_bias = self.weight("conv_bias", (self.inner,),
-                                     keras.initializers.RandomUniform(-bound, bound))
+        self.in_proj = self.add_weight((c.width, 2 * self.inner), linear_init(), name="in_proj")
+        self.conv_kernel = self.add_weight((c.kernel, self.inner), linear_init(), name="conv_kernel")
+        conv_bias_init = keras.initializers.RandomUniform(-c.kernel ** -0.5, c.kernel ** -0.5)
+        self.conv_bias = self.add_weight((self.inner,), conv_bias_init, name="conv_bias")
         self.build_selection(c, math.ceil(c.width / 16))                    # r as the official code
         self.dt_bias = self.scan_weight("dt_bias", (self.inner,), dt_bias_init)
         self.A_log = self.scan_weight("A_log", (self.inner, c.state), A_log_init)
         self.D = self.scan_weight("D", (self.inner,), "ones")
         # Smaller with depth, as in the official code: each block adds to the residual stream.
-        self.out_proj = self.weight("out_proj", (self.inner, c.width), linear_init(c.depth ** -0.5))
+        out_init = linear_init(c.depth ** -0.5)
+        self.out_proj = self.add_weight((self.inner, c.width), out_init, name="out_proj")
 
-    def weight(self, name, shape, initializer, **options):
-        return self.add_weight(name=name, shape=shape, initializer=initializer, **options)
-
-    def scan_weight(self, *arguments):
-        return self.weight(*arguments, dtype=self.scan_dtype, autocast=False)
+    def scan_weight(self, name, shape, initializer):
+        return self.add_weight(shape, initializer, self.scan_dtype, autocast=False, name=name)
 
     def build_selection(self, c, rank):
         """The weights that make delta, B and C from the input."""
-        self.x_proj = self.weight("x_proj", (self.inner, rank + 2 * c.state), linear_init())
-        self.dt_proj = self.weight("dt_proj", (rank, self.inner), linear_init())
         self.sizes = {"delta": rank, "B": c.state, "C": c.state}
+        made = sum(self.sizes.values())
+        self.x_proj = self.add_weight((self.inner, made), linear_init(), name="x_proj")
+        self.dt_proj = self.add_weight((rank, self.inner), linear_init(), name="dt_proj")
         # For the ablation: what is not selected is a learned constant, which starts as in S4D.
         starts = {"delta": "zeros", "B": "ones", "C": keras.initializers.RandomNormal(stddev=1.0)}
         self.constants = {name: self.scan_weight(f"constant_{name}", (self.sizes[name],), start)
@@ -781,7 +778,7 @@ class TweetClassifier(keras.Model):
             x = tf.reduce_sum(x * real, 1) / tf.maximum(tf.reduce_sum(real, 1), 1)
         return self.head(dropout(x))
 
-    @tf.function(jit_compile=True, autograph=False)
+    @compiled
     def compiled_call(self, ids):
         return self(ids, training=False)
 
@@ -1019,12 +1016,17 @@ def download(url, path, digest):
         os.replace(file, path)
     return path
 
+def zip_names(path):
+    """The names in a zip; none for another file, or a damaged one, which fails in many ways."""
+    with contextlib.suppress(Exception):
+        return zipfile.ZipFile(path).namelist()
+    return []
+
 def find_source(data, data_dir):
     """`--data` -> (name of its folder, path of the raw tweets), fetched if they are not there."""
     if data in ("auto", "sentiment140"):
         for path in sorted(data_dir.glob("*")):             # also what the user put there
-            names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-            if any(name.startswith(SENTIMENT140_CSV) for name in (path.name, *names)):
+            if any(name.startswith(SENTIMENT140_CSV) for name in (path.name, *zip_names(path))):
                 return "sentiment140", path
         try:
             path = data_dir / "trainingandtestdata.zip"
@@ -1051,8 +1053,10 @@ def folder_name(data):
     return data if data in KEYWORDS else f"{name}_file" if name in KEYWORDS else name
 
 def load_tokenizer(spec, data_dir=None, training_texts=()):
-    """A `BertTokenizer`: bert-base-uncased, train, a folder, or a vocab.txt. UserError if bad."""
-    from transformers import BertTokenizer
+    """A BERT tokenizer: bert-base-uncased, train, a folder, or a vocab.txt. UserError if bad.
+
+    It is a `tokenizers.Tokenizer`, because `transformers` takes 2 seconds to import.
+    """
     if spec == "bert-base-uncased":
         try:
             spec = download(BERT_URL, data_dir / "bert-base-uncased-vocab.txt", BERT_SHA256)
@@ -1060,27 +1064,33 @@ def load_tokenizer(spec, data_dir=None, training_texts=()):
             print(f"tokenizer: {error}; training a WordPiece vocabulary on the training tweets")
             spec = "train"
     if spec == "train":
-        return BertTokenizer(vocab=train_vocabulary(training_texts))
+        return bert_tokenizer(train_vocabulary(training_texts))
     path = pathlib.Path(spec)
+    if path.is_dir() and not (path / "tokenizer.json").exists():
+        path = path / "vocab.txt"
     with reading(path, "expected the folder or the vocab.txt of a BERT tokenizer"):
         if path.is_dir():
-            tokenizer = BertTokenizer.from_pretrained(path, local_files_only=True)
+            tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         else:
             words = path.read_text(encoding_of(path.read_bytes())).rstrip("\n").split("\n")
             twice = pd.Series(words).duplicated()
             require(not twice.any(), f"line {twice.argmax() + 1} repeats a word")
-            cased = any(word != word.lower() for word in words if not word.startswith("["))
-            tokenizer = BertTokenizer(dict(zip(words, itertools.count())), do_lower_case=not cased)
+            tokenizer = bert_tokenizer(dict(zip(words, itertools.count())))
         known = tokenizer.get_vocab()
         missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in known]
         require(not missing and known["[PAD]"] == 0 and len(known) > 5,
                 f"found {len(known)} words, without {missing}; [PAD] must be the first")
         return tokenizer
 
+def bert_tokenizer(vocabulary):
+    """The tokenizer with this vocabulary, {word: id}; with capitals if the vocabulary has some."""
+    from transformers import BertTokenizer
+    cased = any(word != word.lower() for word in vocabulary if not word.startswith("["))
+    return BertTokenizer(vocabulary, do_lower_case=not cased).backend_tokenizer
+
 def train_vocabulary(texts):
     """A WordPiece vocabulary, {word: id}; the same texts give the same."""
-    from tokenizers import BertWordPieceTokenizer
-    trained = BertWordPieceTokenizer(lowercase=True)
+    trained = tokenizers.BertWordPieceTokenizer(lowercase=True)
     # The trainer would number the letters in an order that differs from run to run.
     letters = set(trained.normalizer.normalize_str("".join(sorted(set("".join(texts)))))) - {" "}
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(letters)]
@@ -1091,11 +1101,13 @@ def train_vocabulary(texts):
 
 def tokenize(tokenizer, texts, max_length):
     """Clean texts -> int32 token ids (tweets, max_length), cut or padded with 0 on the right."""
-    parts = (tokenizer(texts[i:i + 10_000], max_length=max_length, truncation=True,
-                       padding="max_length", return_attention_mask=False,
-                       return_token_type_ids=False, return_tensors="np")["input_ids"]
-             for i in range(0, len(texts), 10_000))         # in parts, to spare memory
-    return np.concatenate([part.astype("int32") for part in parts])
+    tokenizer.enable_truncation(max_length)
+    tokenizer.enable_padding(length=max_length)
+    ids = np.zeros((len(texts), max_length), "int32")
+    for i in range(0, len(texts), 10_000):                  # in parts, to spare memory
+        encoded = tokenizer.encode_batch_fast(texts[i:i + 10_000])
+        ids[i:i + 10_000] = [tweet.ids for tweet in encoded]
+    return ids
 
 def induction_heads(n, length, seed):
     """The paper's induction heads task (section 4.1.2) -> ids (n, length), labels (n,), int32.
@@ -1163,7 +1175,8 @@ def preprocess(arguments):
         table = pd.DataFrame(ids).assign(label=np.asarray(labels))
         write_csv(folder / f"{split}_tokenized.csv", table)
     if data != "induction":
-        tokenizer.save_pretrained(folder / "tokenizer")
+        (folder / "tokenizer").mkdir(exist_ok=True)
+        tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
     meta |= {"max_length": config.max_length, "labels": np.unique(splits["train"][1]).tolist()}
     atomic_write(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
     print(f"data: {folder} written in {time.perf_counter() - start:.0f} s: " + ", ".join(
@@ -1186,20 +1199,19 @@ def read_tokenized(path, config):
                 f"(another vocabulary?) and labels from 0 to {last}")
         return ids.astype("uint16" if top < 1 << 16 else "int32"), labels
 
-BUCKETS = (12, 18, 26, 40)                                  # tweets have 16 tokens on average
-
-def bucket_lengths(ids):
-    """The lengths to which `batches` cuts."""
-    return sorted({min(length, ids.shape[1]) for length in (*BUCKETS, ids.shape[1])})
+# The lengths to which sequences are cut, by how many there are. A tweet has 16 tokens on average.
+# XLA compiles for each length, some 7 seconds for training, so few sequences get few lengths.
+BUCKETS = {0: (), 10_000: (18, 36), 100_000: (12, 18, 24, 36)}
 
 def batches(ids, labels, batch_size, generator=None, skip=0):
     """Batches of sequences of like length, as a `tf.data.Dataset` of (rows, ids, labels).
 
-    They are cut to the shortest of BUCKETS that holds them, which spares most of the padding. XLA
-    compiles for each shape, so there are few lengths, and the last batch of each is filled with
-    rows of number -1, which do not count. `generator` shuffles; `skip` batches are left out.
+    They are cut to the shortest of BUCKETS that holds them, which spares most of the padding. The
+    last batch of each length is filled with rows of number -1, which do not count. `generator`
+    shuffles; `skip` batches are left out.
     """
-    lengths = bucket_lengths(ids)
+    lengths = BUCKETS[max(rows for rows in BUCKETS if rows <= len(ids))]
+    lengths = sorted({min(length, ids.shape[1]) for length in (*lengths, ids.shape[1])})
     order = np.arange(len(ids)) if generator is None else generator.permutation(len(ids))
     used = ids.shape[1] - (ids[:, ::-1] != 0).argmax(1)                     # only padding after it
     bucket = np.searchsorted(lengths, used)[order]
@@ -1261,10 +1273,9 @@ def all_devices():
     return tf.distribute.MirroredStrategy(names) if names[1:] else tf.distribute.get_strategy()
 
 def training_step(model, optimizer):
-    """-> step(number, rows, ids, labels), which uses all cores and devices of the current strategy,
-    and prepare(length), which compiles what a batch of that length needs.
+    """-> step(number, rows, ids, labels), which uses all cores and devices of the current strategy.
 
-    `step` takes its number, which decides what dropout drops, and a batch as of `batches`. It gives
+    `number` of the step: decides what dropout drops; the rest is a batch as of `batches`. Returns
     (3,) float32: the sums of losses and of correct answers, and the number of sequences.
     """
     c, variables, strategy = model.config, model.trainable_variables, tf.distribute.get_strategy()
@@ -1307,13 +1318,7 @@ def training_step(model, optimizer):
         sums = strategy.run(on_device, arguments)
         return strategy.experimental_local_results(sums)[0]                 # the same on each
 
-    def prepare(length):
-        rows = tf.fill([c.batch_size], np.int64(-1))
-        ids = tf.zeros((c.batch_size, length), tf.int32)
-        in_shares(functools.partial(gradients, tf.constant(0, tf.int64)), rows, ids, ids[:, 0])
-        model.logits(ids)
-
-    return step, prepare
+    return step
 
 def predict_logits(model, ids, batch_size=256):
     """Logits (sequences, classes) of token ids (sequences, length), in their order."""
@@ -1348,9 +1353,7 @@ def fit(model, train, val, path, identity):
     """
     c, steps = model.config, len(batches(*train, model.config.batch_size))
     optimizer = make_optimizer(model, steps * c.epochs)
-    step, prepare = training_step(model, optimizer)
-    with concurrent.futures.ThreadPoolExecutor() as threads:                # one compiler in each
-        list(threads.map(prepare, bucket_lengths(train[0])))
+    step = training_step(model, optimizer)
     variables = [*model.variables, *optimizer.variables]
     progress = {"identity": identity, "done": 0, "sums": [0, 0, 0], "seconds": 0, "history": []}
     best = model.get_weights()
@@ -1507,7 +1510,7 @@ def read_test(path, data, meta, config):
     others = [name for name in header if not name.isdecimal()]
     table = pd.read_csv(path, usecols=others, dtype=str, keep_default_na=False)
     if tokenizer:
-        table["text"] = tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)
+        table["text"] = tokenizer.decode_batch(ids.tolist())
     return ids, table.assign(label=labels)
 
 def accuracy_by_length(model, lengths):
@@ -1537,8 +1540,7 @@ def evaluate_command(arguments):
         table[name] = predict_logits(model, ids).argmax(1)
     write_csv(run / "predictions.csv", table)
     known = table[table.label.isin(meta["labels"])]
-    print(f"{len(table):,} tweets of {path}; {len(table) - len(known):,} are not counted, because "
-          "no training tweet has their label")
+    print(f"{len(table):,} tweets of {path}, {len(known):,} with a label that training tweets have")
     require(len(known), f"no tweet of {path} has a label that the training tweets have")
     rows = [{"model": name, **scores(known.label, known[name])} for name in names]
     print_table("accuracy with its 95 % interval", pd.DataFrame(rows))
@@ -1551,6 +1553,8 @@ def print_comparison(table, names):
     for name in names:
         print(f"\n{pd.crosstab(said.label, said[name])}")
     first, *others = ((table[name] == table.label).rename(name) for name in names)
+    if not others:
+        return
     tests = [(f"{first.name} and {other.name}", *mcnemar(first, other)) for other in others]
     tests = pd.DataFrame(tests, columns=["models", "only first", "only second", "p"])
     print_table("correct on the same tweets, and McNemar's test", tests)
@@ -1660,7 +1664,7 @@ def bench_command(arguments):
                               **time_call(model.logits, ids)})
     ids = tf.constant(random.integers(1, Config.vocab_size, (256, 24)), tf.int32)
     for name, model in models.items():
-        step, _ = training_step(model, make_optimizer(model, 1000))
+        step = training_step(model, make_optimizer(model, 1000))
         batch = tf.range(256, dtype=tf.int64), ids, tf.zeros(256, tf.int32)
         training.append({"model": name, "length": 24, "batch": 256,
                          **time_call(step, tf.constant(0, tf.int64), *batch)})

@@ -1,0 +1,255 @@
+#!/usr/bin/env bash
+# Makes every table and figure of README.md and results/README.md:
+#
+#     results/reproduce.sh SECTION ...        in the environment that README.md sets up
+#
+# Sections, with their time on 2 cores: search (40 min), main (3 h), size (20 min), selection (3 h),
+# induction (2 h), crowdflower (5 min), fasttext (3 min), bench (4 min), peers (10 min). A section
+# that was interrupted resumes; what is trained is not trained again.
+#
+# data/ must hold training.1600000.processed.noemoticon.csv (or .xz), bert-base-uncased-vocab.txt
+# and testdata.manual.2009.06.14.csv; without them they are downloaded, except for the last.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p runs
+
+# The best learning rate of each model in the search, by validation accuracy.
+declare -A rate=([mamba]=4e-3 [ssm]=4e-3 [transformer]=2e-3 [lstm]=4e-3)
+models="mamba ssm transformer lstm"
+
+mamba() {                                   # a program that was compiled once is not compiled again
+    TF_XLA_FLAGS=--tf_xla_persistent_cache_directory=runs/xla python mamba_sentiment.py "$@"
+}
+
+collect() {                                 # FOLDER NAME: metrics of all models -> results/NAME.csv
+    python - "$@" <<'END'
+import json, pathlib, sys
+import pandas as pd
+rows = []
+for path in sorted(pathlib.Path(sys.argv[1]).rglob("metrics.json")):
+    metrics = json.loads(path.read_text())
+    rows.append(metrics.pop("config") | metrics)
+table = pd.DataFrame(rows)[["model", "selection", "train_sequences", "learning_rate", "dropout",
+                            "epochs", "seed", "validation", "accuracy", "low", "high", "macro_f1",
+                            "n", "parameters", "train_seconds"]]
+table.round(5).to_csv(f"results/{sys.argv[2]}.csv", index=False)
+print(table.to_string(index=False))
+END
+}
+
+search() {                                  # on a tenth of the tweets, the same grid for all four
+    for dropout in 0.1 0.3; do
+        for rate in 1e-3 2e-3 4e-3 8e-3; do
+            for model in $models; do
+                mamba train --data sentiment140 --model "$model" --limit 146828 \
+                    --learning-rate "$rate" --dropout "$dropout" --run-dir "runs/search/$rate-$dropout"
+            done
+        done
+    done
+    collect runs/search search
+}
+
+main() {                                    # all tweets, three seeds
+    for seed in 0 1 2; do
+        for model in $models; do
+            mamba train --data sentiment140 --model "$model" --learning-rate "${rate[$model]}" \
+                --seed "$seed" --run-dir "runs/main/$seed"
+        done
+    done
+    collect runs/main main
+    mamba evaluate --data sentiment140 --run-dir runs/main/0 \
+        --test data/testdata.manual.2009.06.14.csv | tee results/manual.txt
+    mamba evaluate --data sentiment140 --run-dir runs/main/0 | tee results/evaluation.txt
+}
+
+size() {                                    # the learning curve; all tweets: main
+    for limit in 14683 146828; do
+        for model in $models; do
+            mamba train --data sentiment140 --model "$model" --learning-rate "${rate[$model]}" \
+                --limit "$limit" --run-dir "runs/size/$limit"
+        done
+    done
+    collect runs/size size
+}
+
+selection() {                               # the six selections on a fifth of the tweets
+    for seed in 0 1 2; do
+        mamba ablate --data sentiment140 --limit 293656 --seed "$seed" --run-dir "runs/selection/$seed"
+    done
+    collect runs/selection selection
+}
+
+induction() {                               # trained on 128 tokens, tested at other lengths
+    lengths="64 128 256 512 1024 4096 16384"
+    mamba preprocess --data induction
+    mamba ablate --data induction --lengths $lengths
+    cp runs/induction/ablate/ablate.csv results/induction_selection.csv
+    cp runs/induction/ablate/ablate.png results/induction.png
+    for model in ssm lstm; do
+        mamba train --data induction --model "$model"
+    done
+    mamba train --data induction --model transformer --learning-rate 1e-3
+    mamba evaluate --data induction --lengths $lengths
+    cp runs/induction/lengths.csv results/induction_models.csv
+}
+
+crowdflower() {                             # the offline default, beside TF-IDF
+    mamba train --data crowdflower --model all
+    collect runs/crowdflower crowdflower
+    python -m venv .sklearn
+    .sklearn/bin/pip install -q scikit-learn pandas transformers
+    .sklearn/bin/python - <<'END'
+import pandas as pd
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from transformers import BertTokenizer
+tokenizer = BertTokenizer.from_pretrained("data/crowdflower/tokenizer")
+texts, labels = {}, {}
+for split in ("train", "test"):
+    table = pd.read_csv(f"data/crowdflower/{split}_tokenized.csv")
+    labels[split] = table.pop("label")
+    texts[split] = tokenizer.batch_decode(table.to_numpy().tolist(), skip_special_tokens=True)
+words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+model = make_pipeline(words, LogisticRegression(max_iter=1000)).fit(texts["train"], labels["train"])
+accuracy = model.score(texts["test"], labels["test"])
+print(f"TF-IDF of words and pairs, logistic regression: accuracy {accuracy:.4f}")
+END
+}
+
+fasttext() {                                # word bigrams, on the same split
+    mkdir -p runs/fasttext
+    python - <<'END'
+import pathlib
+import mamba_sentiment as ms
+source = ms.find_source("sentiment140", pathlib.Path("data"))[1]
+for split, tweets in ms.clean_and_split(ms.read_tweets(source)).items():
+    lines = "__label__" + tweets.label.astype(str) + " " + tweets.text
+    for limit in (14683, 146828, len(lines)) if split == "train" else (len(lines),):
+        name = split if limit == len(lines) else f"{split}_{limit}"
+        pathlib.Path(f"runs/fasttext/{name}.txt").write_text("\n".join(lines[:limit]) + "\n")
+END
+    python -m venv .fasttext
+    .fasttext/bin/pip install -q fasttext-numpy2
+    .fasttext/bin/python - <<'END' | tee results/fasttext.txt
+import time
+import fasttext
+for name in ("train_14683", "train_146828", "train"):
+    start = time.perf_counter()
+    model = fasttext.train_supervised(f"runs/fasttext/{name}.txt", wordNgrams=2, dim=50, epoch=2,
+                                      lr=0.2, minCount=3, thread=2, verbose=0)
+    seconds = time.perf_counter() - start
+    n, accuracy, _ = model.test("runs/fasttext/test.txt")
+    print(f"{name}: test accuracy {accuracy:.4f} of {n} tweets, trained in {seconds:.0f} s")
+END
+}
+
+bench() {                                   # on a machine that does nothing else
+    mamba bench
+    cp runs/bench/*.csv runs/bench/*.png results
+}
+
+peers() {                                   # what else can be installed, and ours, in one process
+    python -m venv .peers
+    .peers/bin/pip install -q -r requirements.txt torch==2.13.0 mambapy
+    .peers/bin/python - <<'END' | tee results/peers.txt
+import importlib.metadata, os, time
+import mamba_sentiment as ms
+import numpy as np, pandas as pd, tensorflow as tf, torch
+from mambapy.pscan import pscan
+from transformers import MambaConfig, MambaModel
+from transformers.utils import logging
+logging.set_verbosity_error()
+print(ms.machine(), *(f"{name} {importlib.metadata.version(name)}" for name in
+                      ("torch", "mambapy", "transformers")), sep=", ")
+
+def medians(calls, rounds):
+    """Median milliseconds of each call; in each round they take turns."""
+    times = {name: [] for name in calls}
+    for round in range(rounds + 2):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: float(np.median(found[2:])) for name, found in times.items()}
+
+def loop(u, delta, A, B, C, D):
+    decay = torch.exp(torch.einsum("bld,dn->bldn", delta, A))
+    inflow = torch.einsum("bld,bln,bld->bldn", delta, B, u)
+    h, outputs = torch.zeros(len(u), *A.shape), []
+    for t in range(u.shape[1]):
+        h = decay[:, t] * h + inflow[:, t]
+        outputs.append(torch.einsum("bdn,bn->bd", h, C[:, t]))
+    return torch.stack(outputs, 1) + u * D
+
+def mambapy(u, delta, A, B, C, D):
+    decay = torch.exp(delta.unsqueeze(-1) * A)
+    inflow = delta.unsqueeze(-1) * B.unsqueeze(2) * u.unsqueeze(-1)
+    return (pscan(decay, inflow) @ C.unsqueeze(-1)).squeeze(3) + D * u
+
+def torch_gradient(scan, leaves):
+    return torch.autograd.grad(scan(*leaves).square().sum(), leaves)
+
+rows = []
+for batch, length in ((256, 16), (64, 64), (16, 256), (4, 1024), (1, 4096)):
+    inputs = ms.scan_inputs(batch, length)
+    leaves = [torch.tensor(x.numpy(), requires_grad=True) for x in inputs]
+    plain = [x.detach() for x in leaves]
+    compiled = tf.function(ms.selective_scan, autograph=False)
+    gradient = tf.function(lambda *x: ms.scan_gradient(*x, method="auto"), autograph=False)
+    forward = {"ours": lambda: compiled(*inputs).numpy(),
+               "ours eager": lambda: ms.selective_scan(*inputs).numpy(),
+               "mambapy": lambda: mambapy(*plain), "loop": lambda: loop(*plain)}
+    both = {"ours": lambda: gradient(*inputs)[0].numpy(),
+            "ours eager": lambda: ms.scan_gradient(*inputs, method="auto")[0].numpy(),
+            "mambapy": lambda: torch_gradient(mambapy, leaves)}
+    if length <= 64:                        # the loop's gradient takes seconds
+        both["loop"] = lambda: torch_gradient(loop, leaves)
+    for name, calls in (("forward", forward), ("with gradient", both)):
+        if name == "forward":
+            with torch.no_grad():
+                found = medians(calls, 7)
+        else:
+            found = medians(calls, 5)
+        rows.append({"batch": batch, "length": length, "pass": name, **found,
+                     "mambapy / ours": found["mambapy"] / found["ours"],
+                     "mambapy / ours eager": found["mambapy"] / found["ours eager"],
+                     "loop / ours": found.get("loop", np.nan) / found["ours"]})
+table = pd.DataFrame(rows)
+table.round(2).to_csv("results/peers.csv", index=False)
+print(table.to_string(index=False, float_format="{:.2f}".format))
+
+ids = torch.randint(1, 30000, (256, 24))
+labels = torch.randint(0, 3, (256,))
+config = ms.Config()
+steps = {}
+for name in ms.MODELS:
+    model = ms.build_model(name, config)
+    step = ms.training_step(model, ms.make_optimizer(model, 1000))
+    batch = (tf.range(256, dtype=tf.int64), tf.constant(ids.numpy(), tf.int32),
+             tf.constant(labels.numpy(), tf.int32))
+    steps[name] = lambda step=step, batch=batch: step(tf.constant(0, tf.int64), *batch).numpy()
+peer = MambaModel(MambaConfig(vocab_size=30522, hidden_size=64, num_hidden_layers=2, state_size=16,
+                              use_mambapy=True))
+head = torch.nn.Linear(64, 3)
+optimizer = torch.optim.AdamW([*peer.parameters(), *head.parameters()])
+
+def peer_step():
+    optimizer.zero_grad()
+    pooled = peer(ids, use_cache=False).last_hidden_state.mean(1)
+    torch.nn.functional.cross_entropy(head(pooled), labels).backward()
+    optimizer.step()
+
+found = medians(steps, 11) | medians({"transformers with mambapy": peer_step}, 3)
+print("\na training step of 256 tweets of 24 tokens")
+for name, milliseconds in found.items():
+    print(f"{name}: {milliseconds:.0f} ms, {256e3 / milliseconds:.0f} tweets/s")
+END
+}
+
+if [ $# = 0 ]; then
+    sed -n '2,/^set/p' "$0" | sed '$d'
+fi
+for section in "$@"; do
+    "$section"
+done
