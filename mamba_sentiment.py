@@ -584,7 +584,8 @@ class MambaBlock(Block):
         # The scan and its own weights stay in float32 (or float64) under any dtype policy.
         self.scan_dtype = "float64" if self.variable_dtype == "float64" else "float32"
         self.in_proj = self.add_weight((c.width, 2 * self.inner), linear_init(), name="in_proj")
-        self.conv_kernel = self.add_weight((c.kernel, self.inner), linear_init(), name="conv_kernel")
+        self.conv_kernel = self.add_weight((c.kernel, self.inner), linear_init(),
+                                           name="conv_kernel")
         conv_bias_init = keras.initializers.RandomUniform(-c.kernel ** -0.5, c.kernel ** -0.5)
         self.conv_bias = self.add_weight((self.inner,), conv_bias_init, name="conv_bias")
         self.build_selection(c, math.ceil(c.width / 16))                    # r as the official code
@@ -665,8 +666,9 @@ class SSMBlock(MambaBlock):
         x = tf.linalg.matrix_transpose(tf.cast(u, dtype))                    # (b, d, l)
         # Twice the length, filled with zeros, so that the end does not wrap into the beginning.
         spectrum = tf.signal.rfft(x, [2 * length]) * tf.signal.rfft(kernel, [2 * length])
-        y = tf.signal.irfft(spectrum, [2 * length])[..., :length] + self.D[:, None] * x
-        return tf.cast(tf.linalg.matrix_transpose(y), u.dtype)
+        y = tf.signal.irfft(spectrum, [2 * length])[..., :length]
+        y = tf.linalg.matrix_transpose(y) + self.D * tf.cast(u, dtype)
+        return tf.cast(y, u.dtype)
 
 @register
 class AttentionBlock(Block):

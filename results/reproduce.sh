@@ -97,19 +97,19 @@ crowdflower() {                             # the offline default, beside TF-IDF
     mamba train --data crowdflower --model all
     collect runs/crowdflower crowdflower
     python -m venv .sklearn
-    .sklearn/bin/pip install -q scikit-learn pandas transformers
+    .sklearn/bin/pip install -q scikit-learn pandas tokenizers
     .sklearn/bin/python - <<'END'
 import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from transformers import BertTokenizer
-tokenizer = BertTokenizer.from_pretrained("data/crowdflower/tokenizer")
+from tokenizers import Tokenizer
+tokenizer = Tokenizer.from_file("data/crowdflower/tokenizer/tokenizer.json")
 texts, labels = {}, {}
 for split in ("train", "test"):
     table = pd.read_csv(f"data/crowdflower/{split}_tokenized.csv")
     labels[split] = table.pop("label")
-    texts[split] = tokenizer.batch_decode(table.to_numpy().tolist(), skip_special_tokens=True)
+    texts[split] = tokenizer.decode_batch(table.to_numpy().tolist())
 words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
 model = make_pipeline(words, LogisticRegression(max_iter=1000)).fit(texts["train"], labels["train"])
 accuracy = model.score(texts["test"], labels["test"])
