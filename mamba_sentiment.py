@@ -65,7 +65,7 @@ class Config:
     vocab_size: int = setting(30522, "rows of the embedding; by default the words of the data", 2)
     max_length: int = setting(64, "tokens of a sequence; a longer tweet is cut", 4)
     dropout: float = setting(0.1, "after embedding and blocks, before the head", 0, 0.99)
-    learning_rate: float = setting(8e-3, "peak learning rate, after the warm-up", 0)
+    learning_rate: float = setting(4e-3, "peak learning rate, after the warm-up", 0)
     warmup: float = setting(0.05, "share of the steps with a rising learning rate", 0, 1)
     weight_decay: float = setting(0.05, "AdamW's, for matrices only", 0)
     clip_norm: float = setting(1.0, "largest global norm of the gradient", 1e-9)
