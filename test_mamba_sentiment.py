@@ -187,8 +187,7 @@ def test_scan_is_exact_where_the_common_cumsum_formula_is_not(length, error):
 
 @pytest.mark.parametrize("method", ms.METHODS[1:])
 @pytest.mark.parametrize("given, kept, cut, tolerance", [
-    ("bfloat16", "float32", 24, 1e-2), ("float32", "float32", 1, 1e-5),
-    ("float64", "float64", 24, 1e-12)])
+    ("bfloat16", "float32", 1, 1e-2), ("float64", "float64", 24, 1e-12)])
 def test_scan_cut_anywhere_and_carried_on_in_any_dtype(method, given, kept, cut, tolerance):
     u, delta, A, B, C, D, h = case = [tf.cast(x, given) for x in scan_case((3, 25, 4, 3))]
     right, last = numpy_scan(*(tf.cast(x, "float64") for x in case))
@@ -481,12 +480,12 @@ def test_killed_preprocessing_leaves_no_result_or_a_whole_one():
 import os, pathlib, signal, time, tokenizers, transformers      # so that kills hit the writing
 arguments = ms.parse_arguments("preprocess --data tweets.csv --tokenizer train".split())
 folder = pathlib.Path("data", "tweets")
-for i in range(8):
+for i in range(6):
     child = os.fork()                                           # before TensorFlow has started
     if not child:
         os._exit(ms.main(arguments))
-    time.sleep(0.02 + 0.08 * i)
-    os.kill(child, signal.SIGKILL if i < 7 else 0)
+    time.sleep(0.02 + 0.12 * i)
+    os.kill(child, signal.SIGKILL if i < 5 else 0)
     os.waitpid(child, 0)
     done, table = (folder / "meta.json").exists(), folder / "train_tokenized.csv"
     print("found", done and len(ms.read_tokenized(table, ms.Config())[0]), flush=True)"""
@@ -790,6 +789,7 @@ def test_bench_writes_a_row_for_each_model_length_and_method(monkeypatch):
     for name, value in (("SCAN_LENGTHS", (16,)), ("METHODS", ("fused",)),
                         ("build_model", lambda name: ms.TweetClassifier(name, ms.Config(width=8))),
                         ("scan_inputs", functools.partial(ms.scan_inputs, channels=4, state=2)),
+                        ("training_step", lambda *_: lambda *batch: tf.ones(3)),
                         ("time_call", functools.partial(ms.time_call, seconds=0))):
         monkeypatch.setattr(ms, name, value)
     assert main("bench --models lstm --lengths 8") == 0
