@@ -3,9 +3,9 @@
 #
 #     results/reproduce.sh SECTION ...        in the environment that README.md sets up
 #
-# Sections, with their time on 2 cores: search (40 min), main (3 h), size (20 min), selection (3 h),
-# induction (2 h), crowdflower (5 min), fasttext (3 min), bench (4 min), peers (10 min). A section
-# that was interrupted resumes; what is trained is not trained again.
+# Sections, with about how long they take on 2 cores: search (1 h), main (3 h), size (20 min),
+# selection (3 h), induction (2 h), crowdflower (5 min), fasttext (3 min), bench (3 min), peers
+# (10 min). A section that was interrupted resumes; what is trained is not trained again.
 #
 # data/ must hold training.1600000.processed.noemoticon.csv (or .xz), bert-base-uncased-vocab.txt
 # and testdata.manual.2009.06.14.csv; without them they are downloaded, except for the last.
@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p runs
 
-# The best learning rate of each model in the search, by validation accuracy.
+# The learning rate of each model for all tweets; results/README.md says how it was chosen.
 declare -A rate=([mamba]=4e-3 [ssm]=4e-3 [transformer]=2e-3 [lstm]=4e-3)
 models="mamba ssm transformer lstm"
 
