@@ -407,7 +407,8 @@ TWEETS = {'bad, "day"': 0, "good\nday": 2, "é": 1}
     ("sep=;\n" + GOOD.replace(",", ";"), TWO), ('"Text",Label\nA,NEG\n\nB,neutral\nC,Pos\n', THREE),
     ("text,label\nA,0\nB,1\n", TWO), ("text,label\nA,-1\nB,1.0\n", TWO),
     ("text,label\nA,0\nB,1\nC,2\n", THREE), ("text,label\nA,0\nB,2\nC,4.0\n", THREE),
-    ("clean_text,category\nA,-1\nB,0\nC,1\n", THREE),
+    ("clean_text,category\nA,-1\nB,0\nC,1\n", THREE), (GOOD.replace("\n", "\r\n"), TWO),
+    (zipped(a_csv=GOOD, **{"__MACOSX/._a.csv": ""}), TWO),                            # a Mac's
     ("target,ids,flag,text\n0,1,q,A\n4,2,q,B\n", TWO),                                # Kaggle's
     ("tweet_id,airline_sentiment,text\n1,negative,A\n2,positive,B\n", TWO)])
 def test_any_table_of_tweets_is_read_right(capsys, content, expected):
@@ -422,8 +423,8 @@ def test_any_table_of_tweets_is_read_right(capsys, content, expected):
     ("text,label\nA,positive\nB,unsure\n", ["line 3", "unsure", "negative"]),
     ("text,label\nA,0\nB,2\n", ["0, 2 can"]), (SIX.replace('"4"', '"1"'), ["several things"]),
     ('text,label\nA,positive\n"B,negative\nC,positive\n', ["line 3"]),             # never closed
-    ("text,label\n" + "x" * 200_000 + ",positive\n", ["line 2", "field"]),
-    (b"\x89PNG\r\n\x1a\n\x00\x00\x00", ["line 1"]), (b"\x1f\x8bnot gzip", ["CSV"]),
+    ('text,label\nA,positive\n"B"b,negative\n', ["line 3"]), (b"\x1f\x8bnot gzip", ["CSV"]),
+    ('{"text": "A", "label": 0}\n', ["line 1", "CSV"]), (b"PAR1\x15\x04\x15", ["line 1", "CSV"]),
     (zipped(a_csv=GOOD, b_csv=GOOD), ["a.csv", "b.csv"]), (zipped(book="x"), ["book", "CSV"])])
 def test_any_other_file_is_refused_by_name_and_line(capsys, content, words):
     before = save("bad.csv", content).read_bytes()
@@ -445,6 +446,7 @@ def test_splitting_drops_what_it_should_and_keeps_the_balance(capsys):
 
 def test_vocabularies_are_trained_the_same_twice_read_or_refused():
     texts = [f"tweet about the {word} café 욥" for word in ("weather", "football", "music") * 9]
+    pathlib.Path("train").mkdir()                               # the keyword wins
     first, second = (ms.load_tokenizer("train", training_texts=texts) for _ in range(2))
     ids = ms.tokenize(first, ["tweet about music", ""], 8)
     assert first.get_vocab() == second.get_vocab() and ids.shape == (2, 8) and ids[0, -1] == 0
@@ -453,8 +455,6 @@ def test_vocabularies_are_trained_the_same_twice_read_or_refused():
     for content, last in ((words, 1), (words.replace("\n", "\r\n"), 1), (words + "\nSun", 7)):
         tokenizer = ms.load_tokenizer(save("vocab.txt", content))
         assert ms.tokenize(tokenizer, ["good day ö"], 6).tolist() == [[2, 5, 6, last, 3, 0]]
-    tokenizer.save("tokenizer.json")
-    assert ms.load_tokenizer(".").get_vocab() == tokenizer.get_vocab()
     for content in ("good\nday\n", f"{words}\nday", f"x\n{words}"):
         with pytest.raises(ms.UserError, match="bad.txt"):
             ms.load_tokenizer(save("bad.txt", content))
@@ -736,7 +736,6 @@ def test_predict_takes_arguments_and_any_bytes_and_steers_no_terminal(trained, m
     assert main("predict", "love the great sun today", "awful pain, I cry", "!!! @x") == 0
     first, second, _ = capsys.readouterr().out.splitlines()
     assert first.startswith("positive") and second.startswith("negative")
-    assert sum(map(float, re.findall(r"\d\.\d+", first))) == pytest.approx(1, abs=0.002)
     tweets = [b"great sun", b"", b"\x00\x1b[31m lost\r", b"\xff\xfe\xfd", b"love the caf\xe9",
               "\u202eabc \u05e9 \U0001f642".encode(), b"x" * 1_000_000]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(tweets))))
