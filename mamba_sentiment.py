@@ -900,11 +900,12 @@ def read_bytes(path):
                 return module.decompress(content)
         if not content.startswith(b"PK\x03\x04"):
             return content
-        names = zipfile.ZipFile(path).namelist()
+        archive = zipfile.ZipFile(io.BytesIO(content))
+        names = archive.namelist()
         tables = [name for name in names if re.search(r"^(?!__MACOSX/).*\.[ct]sv$", name, re.I)]
         tables = [name for name in tables if name.endswith(SENTIMENT140_CSV)] or tables
         require(len(tables) == 1, f"expected one CSV in the archive, found {tables or names}")
-        return zipfile.ZipFile(path).read(tables[0])
+        return archive.read(tables[0])
 
 def encoding_of(content):
     """The encoding of bytes: UTF-16 by its mark, UTF-8 where it decodes, else latin-1."""
@@ -1482,16 +1483,16 @@ def mcnemar(first, second):
     tail = sum(math.comb(one + other, k) for k in range(min(one, other) + 1))
     return one, other, min(1.0, 2 * tail / 2 ** (one + other))
 
-def load_trained(arguments, names=()):
+def load_trained(arguments):
     """(preprocessed folder, meta.json, run folder, {name: model}). UserError if one is missing."""
     found = find_preprocessed(arguments)
     require(found, f"nothing in {arguments.data_dir} is preprocessed for --data {arguments.data}; "
             "run train first")
     (data, meta), models = found, {}
-    run = pathlib.Path(arguments.run_dir, data.name)
+    run, names = pathlib.Path(arguments.run_dir, data.name), [arguments.model]
     if arguments.model == "all":
-        names = [name for name in MODELS if (run / name / "metrics.json").exists()]
-    for name in names or [arguments.model if arguments.model != "all" else MODELS[0]]:
+        names = [name for name in MODELS if (run / name / "metrics.json").exists()] or MODELS[:1]
+    for name in names:
         path = run / name / "model.keras"
         with reading(path, f"python mamba_sentiment.py train --model {name} makes it"):
             trained = json.loads(path.with_name("metrics.json").read_text())

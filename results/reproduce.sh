@@ -37,13 +37,18 @@ print(table.to_string(index=False))
 END
 }
 
+train_all() {                               # FOLDER OPTIONS ...: each model at its rate
+    for model in $models; do
+        mamba train --data sentiment140 --model "$model" --learning-rate "${rate[$model]}" \
+            --run-dir "$@"
+    done
+}
+
 search() {                                  # on a tenth of the tweets, the same grid for all four
     for dropout in 0.1 0.3; do
-        for rate in 1e-3 2e-3 4e-3 8e-3; do
-            for model in $models; do
-                mamba train --data sentiment140 --model "$model" --limit 146828 \
-                    --learning-rate "$rate" --dropout "$dropout" --run-dir "runs/search/$rate-$dropout"
-            done
+        for each in 1e-3 2e-3 4e-3 8e-3; do
+            train_all "runs/search/$each-$dropout" --limit 146828 --learning-rate "$each" \
+                --dropout "$dropout"
         done
     done
     collect runs/search search
@@ -51,10 +56,7 @@ search() {                                  # on a tenth of the tweets, the same
 
 main() {                                    # all tweets, three seeds
     for seed in 0 1 2; do
-        for model in $models; do
-            mamba train --data sentiment140 --model "$model" --learning-rate "${rate[$model]}" \
-                --seed "$seed" --run-dir "runs/main/$seed"
-        done
+        train_all "runs/main/$seed" --seed "$seed"
     done
     collect runs/main main
     mamba evaluate --data sentiment140 --run-dir runs/main/0 \
@@ -64,10 +66,7 @@ main() {                                    # all tweets, three seeds
 
 size() {                                    # the learning curve; all tweets: main
     for limit in 14683 146828; do
-        for model in $models; do
-            mamba train --data sentiment140 --model "$model" --learning-rate "${rate[$model]}" \
-                --limit "$limit" --run-dir "runs/size/$limit"
-        done
+        train_all "runs/size/$limit" --limit "$limit"
     done
     collect runs/size size
 }
