@@ -1389,9 +1389,8 @@ def train_model(name, config, meta, splits, folder, restart):
     path, checkpoint = folder / "metrics.json", folder / "checkpoint.npz"
     folder.mkdir(parents=True, exist_ok=True)
     if restart:
-        path.unlink(missing_ok=True)
         checkpoint.unlink(missing_ok=True)
-    if path.exists() and identity.items() <= (metrics := read_json(path, METRICS)).items():
+    elif path.exists() and identity.items() <= (metrics := read_json(path, METRICS)).items():
         print(f"{name}: trained already in {folder} (--restart: again)", flush=True)
         return metrics
     keras.utils.set_random_seed(config.seed)

@@ -4,8 +4,9 @@
 #     results/reproduce.sh SECTION ...        in the environment that README.md sets up
 #
 # Sections, with about how long they take on 2 cores: search (1 h), main (3 h), size (20 min),
-# selection (3 h), induction (2 h), crowdflower (5 min), fasttext (3 min), bench (3 min), peers
-# (10 min). A section that was interrupted resumes; what is trained is not trained again.
+# selection (3 h), induction (2 h), crowdflower (5 min), fasttext (3 min), bench (3 min), profile
+# (2 min), peers (10 min). A section that was interrupted resumes; what is trained is not trained
+# again.
 #
 # data/ must hold training.1600000.processed.noemoticon.csv (or .xz), bert-base-uncased-vocab.txt
 # and testdata.manual.2009.06.14.csv; without them they are downloaded, except for the last.
@@ -73,7 +74,8 @@ size() {                                    # the learning curve; all tweets: ma
 
 selection() {                               # the six selections on a fifth of the tweets
     for seed in 0 1 2; do
-        mamba ablate --data sentiment140 --limit 293656 --seed "$seed" --run-dir "runs/selection/$seed"
+        mamba ablate --data sentiment140 --limit 293656 --seed "$seed" \
+            --run-dir "runs/selection/$seed"
     done
     collect runs/selection selection
 }
@@ -146,6 +148,52 @@ END
 bench() {                                   # on a machine that does nothing else
     mamba bench
     cp runs/bench/*.csv runs/bench/*.png results
+}
+
+profile() {                                 # how much faster Mamba is without each of its parts
+    python - <<'END' | tee results/profile.txt
+import time
+import mamba_sentiment as ms
+import numpy as np, tensorflow as tf
+
+def no_scan(u, delta, A, B, C, D, method):
+    return u * delta + tf.reduce_sum(B * C, -1, keepdims=True) + D + tf.reduce_sum(A)
+
+def no_convolution(self, u):
+    return u * self.conv_kernel[0] + self.conv_bias
+
+changes = {"Mamba": (None, None, None),
+           "without the scan": (ms, "selective_scan", no_scan),
+           "without the convolution": (ms.MambaBlock, "convolve", no_convolution),
+           "without dropout": (tf.nn.experimental, "stateless_dropout", lambda x, *_, **__: x)}
+ids = tf.random.stateless_uniform((256, 24), (0, 0), 1, ms.Config.vocab_size, tf.int32)
+batch = tf.constant(0, tf.int64), tf.range(256, dtype=tf.int64), ids, tf.zeros(256, tf.int32)
+calls = {}
+for name, (place, attribute, replacement) in changes.items():
+    original = place and getattr(place, attribute)
+    if place:
+        setattr(place, attribute, replacement)
+    model = ms.build_model("mamba")
+    step = ms.training_step(model, ms.make_optimizer(model, 1000))
+    calls["training step", name] = lambda step=step: step(*batch).numpy()
+    calls["inference", name] = lambda model=model: model.logits(ids).numpy()
+    for call in list(calls.values())[-2:]:
+        call()                              # compiled while the replacement is in place
+    if place:
+        setattr(place, attribute, original)
+delta, A = tf.random.stateless_uniform((2, 256 * 24, 128, 1), (0, 0)), -tf.range(1.0, 17.0)
+exponentials = ms.compiled(lambda delta, A: tf.reduce_sum(tf.exp(delta * A), -1))
+calls["the exponentials of two layers", "on one core"] = lambda: exponentials(delta, A).numpy()
+times = {key: [] for key in calls}
+for _ in range(17):
+    for key, call in calls.items():
+        start = time.perf_counter()
+        call()
+        times[key].append(1e3 * (time.perf_counter() - start))
+print(f"{ms.machine()}; 256 sequences of 24 tokens, medians in milliseconds")
+for key, found in times.items():
+    print(f"{', '.join(key)}: {np.median(found[2:]):.1f}")
+END
 }
 
 peers() {                                   # what else can be installed, and ours, in one process
