@@ -86,9 +86,10 @@ class Config:
             raise ValueError(f"heads must divide the width, {self.width}; {self.heads} do not")
 
 # Defaults that a data set changes. A flag that is given wins.
-DATA_DEFAULTS = {"induction": {
-    "vocab_size": 17, "classes": 16, "max_length": 128, "pooling": "last", "dropout": 0.0,
-    "weight_decay": 0.0, "learning_rate": 3e-3, "batch_size": 32}}
+DATA_DEFAULTS = {
+    "crowdflower": {"batch_size": 64, "dropout": 0.3, "epochs": 2},
+    "induction": {"vocab_size": 17, "classes": 16, "max_length": 128, "pooling": "last",
+                  "dropout": 0.0, "weight_decay": 0.0, "learning_rate": 3e-3, "batch_size": 32}}
 
 class Parser(argparse.ArgumentParser):
     """Reports a mistake in one line, with exit status 2."""
