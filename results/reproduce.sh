@@ -35,6 +35,8 @@ table = pd.DataFrame(rows)[["model", "selection", "train_sequences", "learning_r
                             "n", "parameters", "train_seconds"]]
 table.round(5).to_csv(f"results/{sys.argv[2]}.csv", index=False)
 print(table.to_string(index=False))
+settings = ["model", "selection", "train_sequences", "learning_rate", "dropout"]
+print(table.groupby(settings)[["validation", "accuracy"]].agg(["mean", "std", "count"]))
 END
 }
 
