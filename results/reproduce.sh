@@ -83,17 +83,32 @@ selection() {                               # the six selections on a fifth of t
 }
 
 induction() {                               # trained on 128 tokens, tested at other lengths
-    lengths="64 128 256 512 1024 4096 16384"
     mamba preprocess --data induction
-    mamba ablate --data induction --lengths $lengths
-    cp runs/induction/ablate/ablate.csv results/induction_selection.csv
-    cp runs/induction/ablate/ablate.png results/induction.png
+    mamba ablate --data induction
     for model in ssm lstm; do
         mamba train --data induction --model "$model"
     done
     mamba train --data induction --model transformer --learning-rate 1e-3
-    mamba evaluate --data induction --lengths $lengths
-    cp runs/induction/lengths.csv results/induction_models.csv
+    python - <<'END'
+import json, pathlib
+import keras, pandas as pd
+import mamba_sentiment as ms
+lengths, rows, lines = [64, 128, 256, 512, 1024, 4096, 16384], [], {}
+for path in sorted(pathlib.Path("runs/induction").rglob("model.keras")):
+    metrics = json.loads(path.with_name("metrics.json").read_text())
+    accuracy = ms.accuracy_by_length(keras.models.load_model(path), lengths)
+    name = {"ssm": "SSM", "lstm": "LSTM", "transformer": "Transformer"}.get(
+        path.parent.name, f"Mamba, selective: {path.parent.name}")
+    rows.append({"model": name, "train_sequences": metrics["train_sequences"],
+                 "train_seconds": round(metrics["train_seconds"]), **accuracy})
+    values = list(accuracy.values())
+    lines[name] = lengths, values, values, values
+table = pd.DataFrame(rows)
+table.to_csv("results/induction.csv", index=False)
+print(table.to_string(index=False))
+ms.draw(pathlib.Path("results/induction.png"), "Induction heads, trained at 128 tokens",
+        lines, "length", "accuracy", ("log", "linear"))
+END
 }
 
 crowdflower() {                             # the offline default, beside TF-IDF
