@@ -62,9 +62,9 @@ main() {                                    # all tweets, three seeds
         train_all "runs/main/$seed" --seed "$seed"
     done
     collect runs/main main
-    mamba evaluate --data sentiment140 --run-dir runs/main/0 \
+    mamba evaluate --data sentiment140 --run-dir runs/main/1 \
         --test data/testdata.manual.2009.06.14.csv | tee results/manual.txt
-    mamba evaluate --data sentiment140 --run-dir runs/main/0 | tee results/evaluation.txt
+    mamba evaluate --data sentiment140 --run-dir runs/main/1 | tee results/evaluation.txt
 }
 
 size() {                                    # the learning curve; all tweets: main
