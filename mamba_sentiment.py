@@ -1540,7 +1540,8 @@ def predict_command(arguments):
     tweets = arguments.text or [line.decode(encoding_of(line), "replace") for line in
                                 sys.stdin.buffer]
     ids = tokenize(tokenizer, list(map(clean_tweet, tweets)), meta["max_length"])
-    logits = predict_logits(model, ids, min(256, len(ids) or 1))
+    # Compiling takes 2 seconds, more than a few tweets take without.
+    logits = predict_logits(model, ids) if len(ids) > 100 else model(ids)
     for tweet, p in zip(tweets, tf.nn.softmax(logits).numpy()):
         shares = " ".join(f"{name} {share:.3f}" for name, share in zip(LABELS, p))
         print(f"{LABELS[p.argmax()]:<9} {shares}  {one_line(tweet)}")
