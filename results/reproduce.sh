@@ -91,8 +91,8 @@ induction() {                               # trained on 128 tokens, tested at o
     mamba train --data induction --model transformer --learning-rate 1e-3
     python - <<'END'
 import json, pathlib
+import mamba_sentiment as ms                # first: it sets what TensorFlow prints
 import keras, pandas as pd
-import mamba_sentiment as ms
 lengths, rows, lines = [64, 128, 256, 512, 1024, 4096, 16384], [], {}
 for path in sorted(pathlib.Path("runs/induction").rglob("model.keras")):
     metrics = json.loads(path.with_name("metrics.json").read_text())
