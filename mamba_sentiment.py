@@ -256,7 +256,7 @@ def sequential_scan(u, delta, A, B, C, D, h):
 # leaves it. The gradient needs the states again. As in the paper's section 3.3.2, they are not
 # kept, but computed a second time from the state before the chunk, which is kept.
 
-CHUNK = 24
+CHUNK = 16
 
 # A function compiled by XLA. One that a compiled function calls becomes part of it.
 compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
@@ -932,7 +932,7 @@ def label_numbers(labels, scales):
     for scale in scales:
         if found == set(scale) or certain and found < set(scale):
             return {label: 2 * scale.index(plain[label]) // (len(scale) - 1) for label in labels}
-    raise UserError(f"the labels {', '.join(labels)} are not understood; write {', '.join(LABELS)}")
+    raise UserError(f"write {', '.join(LABELS)}; the labels {', '.join(labels)} are not understood")
 
 def read_tweets(path):
     """Read a table of raw tweets -> DataFrame of its columns, with `text`, and `label` as 0, 1, 2.
@@ -997,7 +997,7 @@ def download(url, path, digest):
 def find_source(data, data_dir):
     """`--data` -> (name of its folder, path of the raw tweets), fetched if they are not there."""
     if data in ("auto", "sentiment140"):
-        for path in data_dir.glob(f"{SENTIMENT140_CSV}*"):                  # the user put it there
+        for path in sorted(data_dir.glob(f"{SENTIMENT140_CSV}*")):          # the user put it there
             return "sentiment140", path
         try:
             path = data_dir / "trainingandtestdata.zip"
@@ -1117,8 +1117,8 @@ def preprocess(arguments):
     what is there already, from the same file with the same settings, is not made again for them.
     """
     data, data_dir, start = arguments.data, arguments.data_dir, time.perf_counter()
-    found = find_preprocessed(arguments)
-    if found and arguments.command != "preprocess":
+    found = find_preprocessed(arguments) if arguments.command != "preprocess" else None
+    if found:
         changed = outdated(found[1], arguments)
         if not changed:
             return found
@@ -1126,7 +1126,7 @@ def preprocess(arguments):
     data_dir.mkdir(parents=True, exist_ok=True)
     config = Config(**DATA_DEFAULTS.get(data, {}) | arguments.settings)
     if data == "induction":
-        folder, meta, tokenizer = data_dir / data, META | {"vocab_size": config.vocab_size}, None
+        folder, meta = data_dir / data, META | {"vocab_size": config.vocab_size}
         splits = {split: induction_heads(n, config.max_length, seed)
                   for seed, (split, n) in enumerate(INDUCTION_SEQUENCES.items())}
     else:
