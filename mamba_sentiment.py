@@ -983,11 +983,11 @@ def clean_and_split(tweets):
 
 def download(url, path, digest):
     """`path`, downloaded from `url` if it is not there; its content must have this sha256."""
-    socket.setdefaulttimeout(20)
     with (reading(url, f"put the right file at {path} by hand"),
           tempfile.TemporaryDirectory(dir=path.parent) as folder):
         file = path
         if not path.exists():
+            socket.setdefaulttimeout(20)
             file = keras.utils.get_file(path.name, url, cache_dir=folder, cache_subdir="")
         found = sha256(read_bytes(pathlib.Path(file)))
         require(found == digest, f"{file} is another file (sha256 {found})")
