@@ -5,14 +5,11 @@ arXiv 2312.00752, below "the paper") is compared with a time-invariant state spa
 Transformer and an LSTM. Embedding, head and training are the same; only the block differs.
 
     python mamba_sentiment.py preprocess             tweets -> clean text -> token ids, as CSV
-    python mamba_sentiment.py train --model mamba    preprocesses first where that is still to do
+    python mamba_sentiment.py train --model mamba    preprocesses first if needed
     python mamba_sentiment.py evaluate               accuracy, F1, where the models disagree
     python mamba_sentiment.py predict "what a day"   label and probabilities
     python mamba_sentiment.py ablate                 what the selection mechanism contributes
     python mamba_sentiment.py bench                  time against sequence length
-
-Sections: 1 settings and command line, 2 the selective scan, 3 the four blocks, 4 the classifier,
-5 data, 6 training, 7 evaluation and prediction, 8 ablation, 9 timing. For Mamba alone read 2 to 4.
 
 Glossary. Sizes are lower case; arrays are named as in the paper. (b, ...) is a batch.
 
@@ -31,7 +28,7 @@ Glossary. Sizes are lower case; arrays are named as in the paper. (b, ...) is a 
     h               h           state           (b, d, n)   state
     y               y           y               (b, l, d)   output of the scan
 
-Left out: language modelling, generation, step-by-step inference, Mamba-2.
+For Mamba alone read sections 2 to 4. Left out: language models, step-by-step inference, Mamba-2.
 """
 import argparse
 import dataclasses
@@ -61,9 +58,9 @@ class Config:
     kernel: int = setting(4, "width of the causal convolution (mamba, ssm)", 1)
     selection: str = setting("delta+B+C", "what depends on the input (mamba)", choices=SELECTIONS)
     heads: int = setting(4, "attention heads (transformer)", 1)
-    pooling: str = setting("mean", "what of the positions the head reads", choices=("mean", "last"))
+    pooling: str = setting("mean", "how the head pools the positions", choices=("mean", "last"))
     classes: int = setting(3, "number of classes", 2)
-    vocab_size: int = setting(30522, "rows of the embedding; by default the words of the data", 2)
+    vocab_size: int = setting(30522, "rows of the embedding; train: the words of the data", 2)
     max_length: int = setting(64, "tokens of a sequence; a longer tweet is cut", 4)
     dropout: float = setting(0.1, "after embedding and blocks, before the head", 0, 0.99)
     learning_rate: float = setting(4e-3, "peak learning rate, after the warm-up", 0)
@@ -72,12 +69,14 @@ class Config:
     clip_norm: float = setting(1.0, "largest global norm of the gradient", 1e-9)
     batch_size: int = setting(256, "sequences per step", 1)
     epochs: int = setting(1, "passes over the training data; the best on validation is kept", 1)
+    limit: int = setting(0, "train on a stratified subset of so many sequences; 0: on all", 0)
     precision: str = setting("float32", "dtype policy", choices=("float32", "mixed_bfloat16"))
     seed: int = setting(0, "of initial weights, order of batches and dropout", 0)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, (_, low, high, choices) = getattr(self, field.name), field.metadata.values()
+            value, allowed = getattr(self, field.name), field.metadata
+            low, high, choices = (allowed[key] for key in ("low", "high", "choices"))
             if choices and value not in choices:
                 raise ValueError(f"{field.name} must be one of {', '.join(choices)}, not {value!r}")
             if low is not None and not low <= value <= high:
@@ -97,17 +96,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
-def positive_int(text):
-    """The type of --limit and --lengths."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
 def parse_arguments(argv=None):
-    """The command line (default: `sys.argv`) as a namespace; exits with status 2 if it is wrong.
-
-    `settings` holds the flags of `Config` that were given, as a dict.
-    """
+    """The command line as a namespace; its `settings`: the flags of `Config` that were given."""
     parser = Parser(prog="mamba_sentiment.py", epilog="Begin with: train --model mamba")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help in (("preprocess", "clean, split and tokenize tweets"),
@@ -134,12 +124,11 @@ def parse_arguments(argv=None):
     flag("evaluate", "--model", choices=(*MODELS, "all"), default="all")
     flag("predict", "--model", choices=MODELS, default="mamba")
     flag("bench", "--models", choices=MODELS, nargs="+", default=MODELS)
-    flag("train ablate", "--limit", type=positive_int, metavar="N", help="train on N, stratified")
     flag("train ablate", "--restart", action="store_true", help="retrain from scratch")
     flag("evaluate", "--test", type=pathlib.Path, metavar="FILE", help="other tweets to test on")
-    flag("ablate evaluate", "--lengths", type=positive_int, nargs="+", metavar="N", default=[],
+    flag("ablate evaluate", "--lengths", type=int, nargs="+", metavar="N", default=[],
          help="test on induction sequences of these lengths")
-    flag("bench", "--lengths", type=positive_int, nargs="+", default=[64, 256, 1024, 4096],
+    flag("bench", "--lengths", type=int, nargs="+", default=[64, 256, 1024, 4096],
          metavar="N", help="of sequences (default: 64 256 1024 4096)")
     flag("predict", "text", nargs="*", metavar="TEXT", help="a tweet; none: one per line of stdin")
     for field in dataclasses.fields(Config):
@@ -148,12 +137,13 @@ def parse_arguments(argv=None):
              default=argparse.SUPPRESS, choices=field.metadata["choices"],
              metavar=None if field.type is str else "X", help=field.metadata["help"])
     arguments = parser.parse_args(argv)
-    given, names = vars(arguments), [field.name for field in dataclasses.fields(Config)]
-    arguments.settings = {name: given[name] for name in names if name in given}
+    arguments.settings = {name: x for name, x in vars(arguments).items() if hasattr(Config, name)}
     try:
         Config(**arguments.settings)
     except ValueError as error:
-        parser.error(str(error))
+        commands.choices[arguments.command].error(str(error))
+    if min(getattr(arguments, "lengths", None) or [1]) < 1:
+        parser.error("--lengths must be at least 1")
     if os.environ.setdefault("KERAS_BACKEND", "tensorflow") != "tensorflow":
         parser.error("the backend of Keras must be TensorFlow; unset KERAS_BACKEND")
     return arguments
@@ -184,9 +174,8 @@ import zipfile
 
 # TensorFlow's own allocator reuses the memory of the last training step; the system's gives it
 # back and requests it again, which took 40 % of the time of a step.
-for _name, _value in (("TF_CPU_ALLOCATOR_USE_BFC", "true"), ("TF_CPP_MIN_LOG_LEVEL", "3"),
-                      ("KERAS_BACKEND", "tensorflow"), ("TRANSFORMERS_VERBOSITY", "error")):
-    os.environ.setdefault(_name, _value)
+os.environ |= {"TF_CPU_ALLOCATOR_USE_BFC": "true", "TF_CPP_MIN_LOG_LEVEL": "3",
+               "KERAS_BACKEND": "tensorflow", "TRANSFORMERS_VERBOSITY": "error"} | os.environ
 if os.environ["KERAS_BACKEND"] != "tensorflow":
     raise ImportError("the backend of Keras must be TensorFlow; unset KERAS_BACKEND")
 _holder = None
@@ -261,14 +250,10 @@ CHUNK = 16
 # A function compiled by XLA. One that a compiled function calls becomes part of it.
 compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
 
-def size(x, axis):
-    """A size of x: an int or, where it is not known before the program runs, a scalar tensor."""
-    return tf.shape(x)[axis] if x.shape[axis] is None else x.shape[axis]
-
 def scan_steps(steps, body, state, like, reverse=False):
     """`for t in range(steps): state, outputs[t] = body(t, state)` -> (outputs, state).
 
-    Compiled once for any number of steps. The outputs of a step have the shapes of those in `like`.
+    Not unrolled: `body` is compiled once. Outputs of a step have the shapes of those in `like`.
     """
     def step(i, state, outputs):
         t = steps - 1 - i if reverse else i
@@ -289,7 +274,7 @@ def scan_chunk(A, u, delta, B, C, h):
         h = decay * h + (delta[t] * u[t])[..., None, :] * B[t][..., None]
         return h, [tf.reduce_sum(C[t][..., None] * h, -2)]
 
-    (y,), h = scan_steps(size(u, 0), step, h, like=[u[0]])
+    (y,), h = scan_steps(keras.ops.shape(u)[0], step, h, like=[u[0]])
     return y, h
 
 def scan_chunk_gradient(A, u, delta, B, C, h, dy, g):
@@ -306,7 +291,7 @@ def scan_chunk_gradient(A, u, delta, B, C, h, dy, g):
         dC[t]     = sum_d h[t] dy[t]
         dh        = a[0] g[0]                                    of the state before the chunk
     """
-    steps, a, v = size(u, 0), tf.exp(delta[..., None, :] * A), delta * u
+    steps, a, v = keras.ops.shape(u)[0], tf.exp(delta[..., None, :] * A), delta * u
 
     def forward(t, h):
         kept = a[t] * h
@@ -339,26 +324,23 @@ def fused_scan(A, u, delta, B, C, h):
             y, end = scan_chunk(A, u[c], delta[c], B[c], C[c], h)
             return end, [y, h]
 
-        (y, starts), last = scan_steps(size(u, 0), chunk, h, like=[u[0], h])
+        (y, starts), last = scan_steps(keras.ops.shape(u)[0], chunk, h, like=[u[0], h])
         return y, starts, last
 
     return tf.map_fn(scan_sequence, (u, delta, B, C, h), fn_output_signature=(u.dtype,) * 3)
 
 @compiled
 def fused_gradient(A, u, delta, B, C, h, starts, dy, dlast):
-    """Given the states before the chunks and the gradients of y and the last h -> those of
-    A (b, n, d), which is still to be summed over the batch, u, delta, B, C and h.
-    """
+    """The gradients of A (b, n, d), still to be summed over the batch, u, delta, B, C and h."""
     def sequence_gradient(sequence):
-        u, delta, B, C, starts, dy, g = sequence
+        *arrays, g = sequence
+        chunks, like = keras.ops.shape(arrays[0])[0], [x[0] for x in arrays[:4]]
 
         def chunk(c, state):
-            arrays = (x[c] for x in (u, delta, B, C, starts, dy))
-            dA, *gradients, g = scan_chunk_gradient(A, *arrays, state[1])
+            dA, *gradients, g = scan_chunk_gradient(A, *(x[c] for x in arrays), state[1])
             return (state[0] + dA, g), gradients
 
-        like = [u[0], delta[0], B[0], C[0]]
-        gradients, (dA, dh) = scan_steps(size(u, 0), chunk, (0 * A, g), like, reverse=True)
+        gradients, (dA, dh) = scan_steps(chunks, chunk, (0 * A, g), like, reverse=True)
         return dA, *gradients, dh
 
     return tf.map_fn(sequence_gradient, (u, delta, B, C, starts, dy, dlast),
@@ -382,12 +364,13 @@ def carry(total, h, A):
     """
     def double(span, total, h):
         def earlier(x):                                                     # x[c - span], or 0
-            return tf.where((tf.range(size(h, 1)) >= span)[:, None, None], tf.roll(x, span, 1), 0)
+            return tf.where((tf.range(chunks) >= span)[:, None, None], tf.roll(x, span, 1), 0)
 
         return 2 * span, total + earlier(total), h + tf.exp(A * total) * earlier(h)
 
+    chunks = keras.ops.shape(h)[1]
     total = tf.pad(total, ((0, 0), (1, 0), (0, 0), (0, 0)))
-    return tf.while_loop(lambda span, *_: span < size(h, 1), double, (1, total, h))[2]
+    return tf.while_loop(lambda span, *_: span < chunks, double, (1, total, h))[2]
 
 @compiled
 def parallel_scan(A, u, delta, B, C, h):
@@ -420,10 +403,9 @@ def fast_method():
     return "parallel" if tf.config.list_physical_devices("GPU") else "fused"
 
 def in_shares(function, *arrays):
-    """[function(*share) for each share of a batch (axis 0 of the arrays)], a share per CPU core.
+    """[function(*share) for each share of a batch (axis 0 of the arrays)], one per CPU core.
 
-    XLA runs a loop over time on one core. Several calls of a compiled function from a plain
-    `tf.function` run side by side. With a GPU there is one share, the whole batch.
+    XLA runs a loop over time on one core. Calls in a plain `tf.function` run side by side.
     """
     batch = arrays[0].shape[0]
     shares = min(8, os.cpu_count(), batch or 1)
@@ -432,47 +414,45 @@ def in_shares(function, *arrays):
     sizes = [batch * (i + 1) // shares - batch * i // shares for i in range(shares)]
     return [function(*share) for share in zip(*(tf.split(x, sizes) for x in arrays))]
 
-def fast_scan(u, delta, A, B, C, D, h, method, on_every_core):
+# Called eagerly, it runs as one graph. In a graph it must not be a function of its own: XLA would
+# take what such a function passes to its gradient as constants, and compile for each input.
+@tf.function(autograph=False)
+def fast_scan(u, delta, A, B, C, D, h, method):
     """A fast method with its layout and its gradient; arrays as of `sequential_scan`."""
-    length = size(u, 1)
+    batch, length, channels = keras.ops.shape(u)
     chunks = -(-length // CHUNK)
     steps = -(-length // chunks)
+    fast = fast_method() if method == "auto" else method
     forward, backward = {"fused": (fused_scan, fused_gradient),
-                         "parallel": (parallel_scan, parallel_gradient)}[method]
+                         "parallel": (parallel_scan, parallel_gradient)}[fast]
 
     def cut(x):                     # (b, l, .) -> (b, chunks, k, .); delta = 0 leaves h as it is
         x = tf.pad(x, ((0, 0), (0, chunks * steps - length), (0, 0)))
-        return tf.reshape(x, (size(x, 0), chunks, steps, x.shape[2]))
+        return tf.reshape(x, (batch, chunks, steps, x.shape[2]))
 
     def run(function, *arrays):
         # Without `tf.stop_gradient` TensorFlow would prepare to differentiate the loops itself.
-        A, *batch = map(tf.stop_gradient, arrays)
-        if not on_every_core:
-            return map(tf.stop_gradient, function(A, *batch))
-        shares = in_shares(lambda *share: function(A, *share), *batch)
+        A, *arrays = map(tf.stop_gradient, arrays)
+        call = functools.partial(function, A)
+        shares = in_shares(call, *arrays) if method == "auto" else [call(*arrays)]
         return [tf.stop_gradient(tf.concat(parts, 0)) for parts in zip(*shares)]
 
     def refuse(*_):
         raise NotImplementedError("only method='sequential' has a second derivative")
 
     @tf.custom_gradient
-    def scan(*inputs):
-        y, starts, last = run(forward, *inputs)
+    def gradient(*arrays):
+        dA, *gradients = run(backward, *arrays)
+        return (tf.reduce_sum(dA, 0), *gradients), refuse
 
-        @tf.custom_gradient
-        def gradient(dy, dlast, *inputs):
-            dA, *gradients = run(backward, *inputs, starts, dy, dlast)
-            return (tf.reduce_sum(dA, 0), *gradients), refuse
-
-        return (y, last), lambda dy, dlast: gradient(dy, dlast, *inputs)
+    @tf.custom_gradient
+    def scan(*arrays):
+        y, starts, last = run(forward, *arrays)
+        return (y, last), lambda dy, dlast: gradient(*arrays, starts, dy, dlast)
 
     y, h = scan(tf.transpose(A), cut(u), cut(delta), cut(B), cut(C), tf.transpose(h, (0, 2, 1)))
-    y = tf.reshape(y, (size(u, 0), chunks * steps, u.shape[2]))[:, :length]
+    y = tf.reshape(y, (batch, chunks * steps, channels))[:, :length]
     return y + D * u, tf.transpose(h, (0, 2, 1))
-
-# Called eagerly, it runs as one graph. In a graph it must not be a function of its own: XLA would
-# take what such a function passes to its gradient as constants, and compile for each input.
-eager_fast_scan = tf.function(fast_scan, autograph=False)
 
 def selective_scan(u, delta, A, B, C, D=None, *, initial_state=None, return_state=False,
                    method="auto"):
@@ -498,7 +478,7 @@ def selective_scan(u, delta, A, B, C, D=None, *, initial_state=None, return_stat
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     u, A = tf.convert_to_tensor(u), tf.convert_to_tensor(A)
     D = tf.zeros(A.shape[:1]) if D is None else D
-    h = tf.zeros((size(u, 0), *A.shape)) if initial_state is None else initial_state
+    h = tf.zeros((keras.ops.shape(u)[0], *A.shape)) if initial_state is None else initial_state
     sizes, inputs = dict(zip("dn", A.shape)) | dict(zip("bld", u.shape)), []
     for name, x, axes in (("u", u, "bld"), ("delta", delta, "bld"), ("A", A, "dn"), ("B", B, "bln"),
                           ("C", C, "bln"), ("D", D, "d"), ("initial_state", h, "bdn")):
@@ -510,17 +490,15 @@ def selective_scan(u, delta, A, B, C, D=None, *, initial_state=None, return_stat
     if method == "sequential" or u.shape[0] == 0:
         y, h = sequential_scan(*inputs)
     else:
-        scan = fast_scan if tf.inside_function() else eager_fast_scan
-        auto = method == "auto"
-        y, h = scan(*inputs, fast_method() if auto else method, on_every_core=auto)
+        scan = fast_scan.python_function if tf.inside_function() else fast_scan
+        y, h = scan(*inputs, method)
     y = tf.cast(y, u.dtype)
     return (y, h) if return_state else y
 
 # --------------------------------------------------------------------------- 3 The four blocks
 #
-# A block maps (b, l, w) to (b, l, w). The norm before it and the residual connection around it are
-# in the classifier. Padding is on the right, so a causal block does not read it before any real
-# position. Only the Transformer, which reads in both directions, has to be told where it is.
+# A block maps (b, l, w) to (b, l, w). Padding is on the right, where a causal block reads it after
+# all real positions. Only attention, which reads in both directions, has to be told where it is.
 
 def linear_init(shrink=1.0):
     """Uniform on ±shrink / sqrt(fan_in), as in PyTorch and so in the official code."""
@@ -537,7 +515,6 @@ def A_log_init(shape, dtype=None):
 
 class Block(keras.layers.Layer):
     """What the blocks share: a `Config`, the check of the width, and how they are saved."""
-    bidirectional = False
 
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
@@ -575,26 +552,24 @@ class MambaBlock(Block):
                                   |
                               (b, l, w)
 
-    mask (b, l), optional: False at padding, which then is skipped wherever it is.
+    mask (b, l), optional: False at padding, which is then skipped, on the left or the right.
     """
 
     def build(self, shape):
         c = self.config
-        self.inner = c.expand * c.width                                     # d
+        d = self.inner = c.expand * c.width
         # The scan and its own weights stay in float32 (or float64) under any dtype policy.
         self.scan_dtype = "float64" if self.variable_dtype == "float64" else "float32"
-        self.in_proj = self.add_weight((c.width, 2 * self.inner), linear_init(), name="in_proj")
-        self.conv_kernel = self.add_weight((c.kernel, self.inner), linear_init(),
-                                           name="conv_kernel")
+        self.in_proj = self.add_weight((c.width, 2 * d), linear_init(), name="in_proj")
+        self.conv_kernel = self.add_weight((c.kernel, d), linear_init(), name="conv_kernel")
         conv_bias_init = keras.initializers.RandomUniform(-c.kernel ** -0.5, c.kernel ** -0.5)
-        self.conv_bias = self.add_weight((self.inner,), conv_bias_init, name="conv_bias")
+        self.conv_bias = self.add_weight((d,), conv_bias_init, name="conv_bias")
         self.build_selection(c, math.ceil(c.width / 16))                    # r as the official code
-        self.dt_bias = self.scan_weight("dt_bias", (self.inner,), dt_bias_init)
-        self.A_log = self.scan_weight("A_log", (self.inner, c.state), A_log_init)
-        self.D = self.scan_weight("D", (self.inner,), "ones")
+        self.dt_bias = self.scan_weight("dt_bias", (d,), dt_bias_init)
+        self.A_log = self.scan_weight("A_log", (d, c.state), A_log_init)
+        self.D = self.scan_weight("D", (d,), "ones")
         # Smaller with depth, as in the official code: each block adds to the residual stream.
-        out_init = linear_init(c.depth ** -0.5)
-        self.out_proj = self.add_weight((self.inner, c.width), out_init, name="out_proj")
+        self.out_proj = self.add_weight((d, c.width), linear_init(c.depth ** -0.5), name="out_proj")
 
     def scan_weight(self, name, shape, initializer):
         return self.add_weight(shape, initializer, self.scan_dtype, autocast=False, name=name)
@@ -602,8 +577,8 @@ class MambaBlock(Block):
     def build_selection(self, c, rank):
         """The weights that make delta, B and C from the input."""
         self.sizes = {"delta": rank, "B": c.state, "C": c.state}
-        made = sum(self.sizes.values())
-        self.x_proj = self.add_weight((self.inner, made), linear_init(), name="x_proj")
+        shape = self.inner, rank + 2 * c.state
+        self.x_proj = self.add_weight(shape, linear_init(), name="x_proj")
         self.dt_proj = self.add_weight((rank, self.inner), linear_init(), name="dt_proj")
         # For the ablation: what is not selected is a learned constant, which starts as in S4D.
         starts = {"delta": "zeros", "B": "ones", "C": keras.initializers.RandomNormal(stddev=1.0)}
@@ -612,18 +587,17 @@ class MambaBlock(Block):
 
     def call(self, x, mask=None):
         u, gate = tf.split(tf.tensordot(x, self.in_proj, 1), 2, -1)         # (b, l, d) each
-        if mask is not None:
-            u *= tf.cast(mask, u.dtype)[:, :, None]
-        u = tf.nn.silu(self.convolve(u))
-        return tf.tensordot(self.ssm(u, mask) * tf.nn.silu(gate), self.out_proj, 1)
+        real = 1 if mask is None else tf.cast(mask, u.dtype)[:, :, None]
+        u = real * tf.nn.silu(self.convolve(real * u))
+        return tf.tensordot(self.ssm(u) * tf.nn.silu(gate), self.out_proj, 1)
 
     def convolve(self, u):
-        """Causal, depthwise, u (b, l, d): bias + sum_k kernel[k] u[t - (width - 1) + k]."""
-        width, length = self.config.kernel, size(u, 1)
-        u = tf.pad(u, ((0, 0), (width - 1, 0), (0, 0)))
-        return self.conv_bias + sum(self.conv_kernel[k] * u[:, k:k + length] for k in range(width))
+        """Causal, depthwise, u (b, l, d): bias + sum_k kernel[k] u[t - (taps - 1) + k]."""
+        taps, length = self.config.kernel, keras.ops.shape(u)[1]
+        u = tf.pad(u, ((0, 0), (taps - 1, 0), (0, 0)))
+        return self.conv_bias + sum(self.conv_kernel[k] * u[:, k:k + length] for k in range(taps))
 
-    def ssm(self, u, mask=None):
+    def ssm(self, u):
         """Selection (algorithm 2): delta, B, C from u (b, l, d), then the scan -> y (b, l, d)."""
         made = tf.cast(tf.tensordot(u, self.x_proj, 1), self.scan_dtype)    # (b, l, r + 2n)
         made = dict(zip(self.sizes, tf.split(made, list(self.sizes.values()), -1)))
@@ -632,8 +606,6 @@ class MambaBlock(Block):
         delta, B, C = made.values()
         delta = tf.tensordot(delta, tf.cast(self.dt_proj, self.scan_dtype), 1)
         delta = tf.nn.softplus(delta + self.dt_bias)                        # (b, l, d)
-        if mask is not None:
-            delta *= tf.cast(mask, delta.dtype)[:, :, None]
         # Not "auto": the classifier gives each core a share of the batch already.
         return selective_scan(u, delta, -tf.exp(self.A_log), B, C, self.D, method=fast_method())
 
@@ -651,32 +623,27 @@ class SSMBlock(MambaBlock):
         self.B = self.scan_weight("B", shape, "ones")
         self.C = self.scan_weight("C", shape, keras.initializers.RandomNormal(stddev=1.0))
 
-    def ssm(self, u, mask=None):
-        """The recurrence with constant parameters as a convolution: u (b, l, d) -> y (b, l, d)."""
-        length, dtype = size(u, 1), self.scan_dtype
+    def ssm(self, u):
+        length, dtype = keras.ops.shape(u)[1], self.scan_dtype
         delta = tf.nn.softplus(self.dt_bias)[:, None]                       # (d, 1)
         rate = -tf.exp(self.A_log) * delta                                  # (d, n)
         # With t = 64 i + j the exponential of a sum is a product, and a small matrix product takes
         # the place of d n l exponentials.
-        i, j = tf.range(-(-length // 64)), tf.range(64)
-        coarse = tf.exp(rate[:, None, :] * tf.cast(64 * i, dtype)[:, None])  # (d, l/64, n)
-        fine = tf.exp(rate[:, :, None] * tf.cast(j, dtype))                  # (d, n, 64)
+        coarse = tf.exp(rate[:, None, :] * tf.range(0, length, 64, dtype)[:, None])  # (d, l/64, n)
+        fine = tf.exp(rate[:, :, None] * tf.range(64, dtype=dtype))          # (d, n, 64)
         kernel = ((self.C * self.B * delta)[:, None, :] * coarse) @ fine     # (d, l/64, 64)
         kernel = tf.reshape(kernel, (self.inner, -1))[:, :length]            # (d, l)
         x = tf.linalg.matrix_transpose(tf.cast(u, dtype))                    # (b, d, l)
         # Twice the length, filled with zeros, so that the end does not wrap into the beginning.
         spectrum = tf.signal.rfft(x, [2 * length]) * tf.signal.rfft(kernel, [2 * length])
         y = tf.signal.irfft(spectrum, [2 * length])[..., :length]
-        y = tf.linalg.matrix_transpose(y) + self.D * tf.cast(u, dtype)
-        return tf.cast(y, u.dtype)
+        return tf.cast(tf.linalg.matrix_transpose(y) + self.D * tf.cast(u, dtype), u.dtype)
 
-@register
 class AttentionBlock(Block):
     """The Transformer's first half: self-attention in both directions over the real positions.
 
     Sinusoids added to queries and keys say where each position is (Vaswani et al. 2017).
     """
-    bidirectional = True
 
     def build(self, shape):
         c = self.config
@@ -685,42 +652,27 @@ class AttentionBlock(Block):
         self.attention.build(shape, shape)
 
     def call(self, x, mask=None):
-        placed = x + self.positions(size(x, 1), x.dtype)
+        half = -(-self.config.width // 2)
+        rates = 1e4 ** (-tf.range(half, dtype=tf.float32) / half)
+        angles = tf.range(keras.ops.shape(x)[1], dtype=tf.float32)[:, None] * rates
+        waves = tf.concat([tf.sin(angles), tf.cos(angles)], -1)[:, :self.config.width]
+        placed = x + tf.cast(waves, x.dtype)                                 # (l, w) added to each
         keys = None if mask is None else tf.cast(mask, tf.bool)[:, None, :]  # (b, 1, l)
         return self.attention(placed, x, placed, attention_mask=keys)        # query, value, key
 
-    def positions(self, length, dtype):
-        half = -(-self.config.width // 2)
-        rates = 1e4 ** (-tf.range(half, dtype=tf.float32) / half)
-        angles = tf.range(length, dtype=tf.float32)[:, None] * rates
-        waves = tf.concat([tf.sin(angles), tf.cos(angles)], -1)              # (l, w)
-        return tf.cast(waves[:, :self.config.width], dtype)
-
-@register
-class FeedForwardBlock(Block):
+class FeedForwardBlock(keras.Sequential):
     """The Transformer's second half: at each position, two linear layers with GELU in between."""
 
-    def build(self, shape):
-        c = self.config
-        self.mlp = keras.Sequential([
-            keras.layers.Dense(c.expand * c.width, activation="gelu", dtype=self.dtype_policy),
-            keras.layers.Dense(c.width, dtype=self.dtype_policy)])
-        self.mlp.build(shape)
+    def __init__(self, config, dtype=None):
+        super().__init__([
+            keras.layers.Dense(config.expand * config.width, activation="gelu", dtype=dtype),
+            keras.layers.Dense(config.width, dtype=dtype)])
 
-    def call(self, x, mask=None):
-        return self.mlp(x)
-
-@register
-class LSTMBlock(Block):
+class LSTMBlock(keras.layers.LSTM):
     """Keras's LSTM. XLA cannot compile that of cuDNN."""
 
-    def build(self, shape):
-        self.lstm = keras.layers.LSTM(self.config.width, return_sequences=True, use_cudnn=False,
-                                      name="lstm", dtype=self.dtype_policy)
-        self.lstm.build(shape)
-
-    def call(self, x, mask=None):
-        return self.lstm(x)
+    def __init__(self, config, **kwargs):
+        super().__init__(config.width, return_sequences=True, use_cudnn=False, **kwargs)
 
 BLOCKS = {"mamba": [MambaBlock], "ssm": [SSMBlock], "lstm": [LSTMBlock],
           "transformer": [AttentionBlock, FeedForwardBlock]}
@@ -739,18 +691,17 @@ class TweetClassifier(keras.Model):
         super().__init__(**kwargs)
         self.block = block
         self.config = c = Config(**config) if isinstance(config, dict) else config
-        policy, shape = {"dtype": c.precision}, (None, None, c.width)
-        self.embedding = keras.layers.Embedding(c.vocab_size, c.width, name="embedding", **policy)
+        self.embedding = keras.layers.Embedding(c.vocab_size, c.width, dtype=c.precision)
+        head = keras.layers.Dense(c.classes, dtype="float32")
         self.norms, self.blocks = [], []
-        for i in range(c.depth):
-            for kind in BLOCKS[block]:
-                name = f"{kind.__name__}_{i}"
-                self.norms.append(keras.layers.RMSNormalization(name=f"norm_{name}", **policy))
-                self.blocks.append(kind(c, name=name, **policy))
-        self.norm = keras.layers.RMSNormalization(name="norm", **policy)
-        self.head = keras.layers.Dense(c.classes, name="head", dtype="float32")
-        for layer in (self.embedding, *self.norms, *self.blocks, self.norm, self.head):
-            layer.build(shape)
+        for kind in c.depth * BLOCKS[block]:
+            self.norms.append(keras.layers.RMSNormalization(dtype=c.precision))
+            self.blocks.append(kind(c, dtype=c.precision))
+            self.blocks[-1].build((None, None, c.width))
+        self.norm = keras.layers.RMSNormalization(dtype=c.precision)
+        self.head = head
+        for layer in (self.embedding, *self.norms, self.norm, self.head):
+            layer.build((None, None, c.width))
         self.built = True
 
     def call(self, ids, training=False, seed=None):
@@ -770,10 +721,10 @@ class TweetClassifier(keras.Model):
         mask = tf.not_equal(ids, 0)
         x = dropout(self.embedding(ids))                                    # (b, l, w)
         for norm, block in zip(self.norms, self.blocks):
-            x += dropout(block(norm(x), mask=mask if block.bidirectional else None))
+            x += dropout(block(norm(x), mask=mask if isinstance(block, AttentionBlock) else None))
         x = tf.cast(self.norm(x), tf.float32)
         if self.config.pooling == "last":
-            last = tf.reduce_max(tf.where(mask, tf.range(size(ids, 1)), 0), 1)
+            last = tf.reduce_max(tf.where(mask, tf.range(keras.ops.shape(ids)[1]), 0), 1)
             x = tf.gather(x, last, batch_dims=1)                            # (b, w)
         else:
             real = tf.cast(mask, x.dtype)[:, :, None]
@@ -784,20 +735,16 @@ class TweetClassifier(keras.Model):
     def compiled_call(self, ids):
         return self(ids, training=False)
 
+    def get_config(self):
+        return {"block": self.block, "config": dataclasses.asdict(self.config)}
+
     @tf.function(autograph=False)
     def logits(self, ids):
         """The model as it is used: compiled, without dropout, a share of the batch on each core."""
         return tf.concat(in_shares(self.compiled_call, ids), 0)
 
-    def get_config(self):
-        return {"block": self.block, "config": dataclasses.asdict(self.config)}
-
 def build_model(name, config=None):
-    """A new model: `name` in mamba, ssm, transformer, lstm; called as `model(ids, training=False)`.
-
-    ids (b, l) int32, 0 = padding, on the right -> logits (b, classes) float32.
-    Raises ValueError for another name.
-    """
+    """A new `TweetClassifier`; `name`: mamba, ssm, transformer or lstm, else ValueError."""
     if name not in MODELS:
         raise ValueError(f"name must be one of {', '.join(MODELS)}, not {name!r}")
     return TweetClassifier(name, config or Config(), name=name)
@@ -1422,8 +1369,8 @@ def train_models(arguments, models):
                     arguments.settings | {"max_length": meta["max_length"]})
     splits = {split: read_tokenized(data / f"{split}_tokenized.csv", config)
               for split in ("train", "val", "test")}
-    if arguments.limit:
-        splits["train"] = stratified(*splits["train"], arguments.limit)
+    if config.limit:
+        splits["train"] = stratified(*splits["train"], config.limit)
     run, rows = arguments.run_dir / data.name, []
     for folder, (name, settings) in models.items():
         config = dataclasses.replace(config, **settings)

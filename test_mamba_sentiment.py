@@ -266,11 +266,11 @@ def test_mamba_block_agrees_with_the_published_equations(selection, padding):
     u, z = np.split(x.astype("float64") @ w["in_proj"], 2, -1)
     before = np.pad(u * mask, ((0, 0), (3, 0), (0, 0)))
     u = w["conv_bias"] + sum(w["conv_kernel"][k] * before[:, k:k + 19] for k in range(4))
-    u = u / (1 + np.exp(-u))
+    u = u / (1 + np.exp(-u)) * mask
     parts = dict(zip(("delta", "B", "C"), np.split(u @ w["x_proj"], [2, 7], -1)))
     for name in parts.keys() - set(selection.split("+")):
         parts[name][:] = w[f"constant_{name}"]
-    delta = np.logaddexp(0, parts["delta"] @ w["dt_proj"] + w["dt_bias"]) * mask
+    delta = np.logaddexp(0, parts["delta"] @ w["dt_proj"] + w["dt_bias"])
     y, _ = numpy_scan(u, delta, -np.exp(w["A_log"]), parts["B"], parts["C"], w["D"])
     right = (y * z / (1 + np.exp(-z))) @ w["out_proj"]
     assert np.abs(found - right).max() / np.abs(right).max() < 1e-5
@@ -297,7 +297,7 @@ def test_the_transformer_agrees_with_an_independent_one():
     angles = np.arange(9)[:, None] * 1e4 ** (-np.arange(8) / 8)
     positions = np.concatenate([np.sin(angles), np.cos(angles)], -1)
     for i in (0, 2):
-        attention, mlp = model.blocks[i].attention, model.blocks[i + 1].mlp
+        attention, mlp = model.blocks[i].attention, model.blocks[i + 1]
         w = {"/".join(v.path.split("/")[-2:]): v.numpy() for v in attention.weights}
         normed = norm(x, model.norms[i])
         q, k = (project(normed + positions, part, w) for part in ("query", "key"))
