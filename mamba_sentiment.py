@@ -126,7 +126,7 @@ def parse_arguments(argv=None):
     flag("bench", "--models", choices=MODELS, nargs="+", default=MODELS)
     flag("train ablate", "--restart", action="store_true", help="retrain from scratch")
     flag("evaluate", "--test", type=pathlib.Path, metavar="FILE", help="other tweets to test on")
-    flag("ablate evaluate", "--lengths", type=int, nargs="+", metavar="N", default=[],
+    flag("evaluate", "--lengths", type=int, nargs="+", metavar="N", default=[],
          help="test on induction sequences of these lengths")
     flag("bench", "--lengths", type=int, nargs="+", default=[64, 256, 1024, 4096],
          metavar="N", help="of sequences (default: 64 256 1024 4096)")
@@ -602,7 +602,7 @@ class MambaBlock(Block):
         made = tf.cast(tf.tensordot(u, self.x_proj, 1), self.scan_dtype)    # (b, l, r + 2n)
         made = dict(zip(self.sizes, tf.split(made, list(self.sizes.values()), -1)))
         for name, constant in self.constants.items():
-            made[name] = constant + tf.zeros_like(made[name])
+            made[name] = constant + 0 * made[name]          # so that x_proj has a gradient, zeros
         delta, B, C = made.values()
         delta = tf.tensordot(delta, tf.cast(self.dt_proj, self.scan_dtype), 1)
         delta = tf.nn.softplus(delta + self.dt_bias)                        # (b, l, d)
@@ -1129,8 +1129,7 @@ def make_optimizer(model, steps):
     rate = keras.optimizers.schedules.CosineDecay(
         0.0, max(1, steps - warmup), warmup_target=c.learning_rate, warmup_steps=warmup)
     optimizer = keras.optimizers.AdamW(rate, weight_decay=c.weight_decay)
-    spared = ["bias", "scale", "A_log", "constant", r"\b[BCD]\b"]       # in names like block/D:0
-    optimizer.exclude_from_weight_decay(var_names=spared)
+    optimizer.exclude_from_weight_decay(var_names=[r"bias|scale|A_log|constant|\b[BCD]\b"])
     optimizer.build(model.trainable_variables)
     return optimizer
 
@@ -1139,12 +1138,10 @@ def machine():
     gpus = [tf.config.experimental.get_device_details(gpu).get("device_name", "GPU")
             for gpu in tf.config.list_physical_devices("GPU")]
     if not gpus and shutil.which("nvidia-smi"):
-        print("TensorFlow cannot use the NVIDIA card of this machine; to install what it needs: "
-              "pip install 'tensorflow[and-cuda]'")
-    info = pathlib.Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
-    cpu = found[1] if found else platform.processor() or platform.machine()
-    return f"{', '.join(gpus) or cpu}, {os.cpu_count()} cores, TensorFlow {tf.__version__}"
+        print("TensorFlow cannot use this NVIDIA card; try pip install 'tensorflow[and-cuda]'")
+    info = pathlib.Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    names = gpus or re.findall(r"model name\s*: (.*)", info)[:1] or [platform.machine()]
+    return f"{', '.join(names)}, {os.cpu_count()} cores, TensorFlow {tf.__version__}"
 
 def all_devices():
     """The `tf.distribute` strategy of all there is: machines (in TF_CONFIG), GPUs, or this CPU."""
@@ -1156,19 +1153,17 @@ def all_devices():
     except (ValueError, AttributeError, KeyError) as error:
         print(f"TF_CONFIG is not understood ({one_line(error)}); using this machine alone")
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-    names = [device.name for device in devices]
-    return tf.distribute.MirroredStrategy(names) if names[1:] else tf.distribute.get_strategy()
+    return tf.distribute.MirroredStrategy() if devices[1:] else tf.distribute.get_strategy()
 
 def training_step(model, optimizer):
     """-> step(number, rows, ids, labels), which uses all cores and devices of the current strategy.
 
-    `number` of the step: decides what dropout drops; the rest is a batch as of `batches`. Returns
-    (3,) float32: the sums of losses and of correct answers, and the number of sequences.
+    `number` counts the steps and seeds dropout; the rest is a batch from `batches`. Returns (3,)
+    float32: the sums of losses and of correct answers, and the number of sequences.
     """
     c, variables, strategy = model.config, model.trainable_variables, tf.distribute.get_strategy()
     devices = strategy.num_replicas_in_sync
-    require(c.batch_size % devices == 0,
-            f"--batch-size {c.batch_size} cannot be shared among {devices} devices")
+    require(c.batch_size % devices == 0, f"--batch-size must be a multiple of {devices} (devices)")
 
     @compiled
     def gradients(number, rows, ids, labels):
@@ -1179,9 +1174,7 @@ def training_step(model, optimizer):
             loss = tf.reduce_sum(real * losses)
         correct = tf.cast(tf.argmax(logits, 1, tf.int32) == labels, tf.float32)
         sums = tf.stack([loss, tf.reduce_sum(real * correct), tf.reduce_sum(real)])
-        # What an ablation leaves unused gets zeros.
-        weights, zero = [variable.value for variable in variables], tf.UnconnectedGradients.ZERO
-        return [*tape.gradient(loss, weights, unconnected_gradients=zero), sums]
+        return [*tape.gradient(loss, [variable.value for variable in variables]), sums]
 
     def update(sums, *summed):
         clipped, _ = tf.clip_by_global_norm([x / sums[2] for x in summed], c.clip_norm)
@@ -1190,11 +1183,9 @@ def training_step(model, optimizer):
 
     update = compiled(update) if devices == 1 else update
 
-    @tf.autograph.experimental.do_not_convert
     def on_device(number, *batch):
         device = tf.distribute.get_replica_context()
-        batch = [tf.reshape(x, (devices, -1, *x.shape[1:])) for x in batch]
-        mine = [x[device.replica_id_in_sync_group] for x in batch]
+        mine = [tf.gather(tf.split(x, devices), device.replica_id_in_sync_group) for x in batch]
         shares = in_shares(lambda *share: gradients(number, *share), *mine)
         *summed, sums = device.all_reduce("SUM", [tf.add_n(parts) for parts in zip(*shares)])
         update(sums, *summed)
@@ -1209,6 +1200,8 @@ def training_step(model, optimizer):
 
 def predict_logits(model, ids, batch_size=256):
     """Logits (sequences, classes) of token ids (sequences, length), in their order."""
+    if len(ids) <= 100:                                     # compiling would take 2 seconds more
+        return model(ids.astype("int32")).numpy()
     logits = np.zeros((len(ids) + 1, model.config.classes), "float32")      # the last: rows of -1
     for rows, part, _ in batches(ids, np.zeros(len(ids), "int32"), batch_size):
         logits[rows] = model.logits(part)
@@ -1219,11 +1212,10 @@ def scores(labels, predicted):
     confusion = tf.math.confusion_matrix(labels, predicted).numpy()         # [label, predicted]
     correct, real, said = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     n, p, z = len(labels), correct.sum() / len(labels), 1.96
-    reach = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = ((p + z * z / (2 * n) + side) / (1 + z * z / n) for side in (-reach, reach))
+    middle, reach = n * p + z * z / 2, z * math.sqrt(n * p * (1 - p) + z * z / 4)
+    low, high = np.clip([middle - reach, middle + reach], 0, n + z * z) / (n + z * z)
     f1 = 2 * correct[real > 0] / (real + said)[real > 0]
-    return {"accuracy": p, "low": max(0.0, min(p, low)), "high": min(1.0, max(p, high)),
-            "macro_f1": f1.mean(), "n": n}
+    return {"accuracy": p, "low": low, "high": high, "macro_f1": f1.mean(), "n": n}
 
 def print_table(title, table):
     """Print a DataFrame under a title."""
@@ -1246,15 +1238,12 @@ def fit(model, train, val, path, identity):
     best = model.get_weights()
     if path.exists():
         with reading(path, "--restart starts the training over"), np.load(path) as file:
-            stored = progress | json.loads(str(file["progress"]))
-            if stored["identity"] == identity:
-                arrays = [file[f"arr_{i}"] for i in range(len(file.files) - 1)]
-                progress, best = stored, arrays[len(variables):]
-                for variable, array in zip(variables, arrays):
-                    variable.assign(array)
-                print(f"resuming from {path}, after step {progress['done']} of {steps * c.epochs}")
-            else:
-                print(f"{path} is of a training with other settings or data; starting over")
+            text, *arrays = file.values()                   # `savez` puts named arrays first
+            progress, best = json.loads(str(text)), arrays[len(variables):]
+            require(progress["identity"] == identity, "it is of other settings or data")
+            for variable, array in zip(variables, arrays):
+                variable.assign(array)
+            print(f"resuming from {path}, after step {progress['done']} of {steps * c.epochs}")
 
     def checkpoint(**changes):
         progress.update(changes)
@@ -1263,41 +1252,38 @@ def fit(model, train, val, path, identity):
                 "lower --learning-rate or another --seed")
         atomic_write(path, lambda file: np.savez(file, *arrays, progress=json.dumps(progress)))
 
-    checkpoint()                                            # fails now rather than in an hour
+    checkpoint()                                # a folder that cannot be written shows now
     for epoch in range(progress["done"] // steps, c.epochs):
         saved = time.perf_counter()
         start, sums = saved - progress["seconds"], np.array(progress["sums"], "float64")
-        bar = keras.utils.Progbar(steps, verbose=1 if sys.stdout.isatty() else 2,
+        bar = keras.utils.Progbar(steps, verbose=int(sys.stdout.isatty()),
                                   stateful_metrics=["loss", "accuracy"])
         order, first = np.random.default_rng([c.seed, epoch]), progress["done"] - epoch * steps
         for i, batch in enumerate(batches(*train, c.batch_size, order, first), first + 1):
             sums += step(tf.constant(epoch * steps + i, tf.int64), *batch).numpy()
             loss, accuracy = sums[:2] / sums[2]
             bar.update(i, [("loss", loss), ("accuracy", accuracy)])
-            if time.perf_counter() - saved > CHECKPOINT_SECONDS or not math.isfinite(loss):
+            if i < steps and time.perf_counter() - saved > CHECKPOINT_SECONDS:
                 saved = time.perf_counter()
                 checkpoint(done=epoch * steps + i, sums=sums.tolist(), seconds=saved - start)
         right = predict_logits(model, val[0], c.batch_size).argmax(1) == val[1]
         row = {"epoch": epoch + 1, "loss": loss, "accuracy": accuracy,
                "val_accuracy": float(right.mean()), "seconds": time.perf_counter() - start}
         print(", ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
-        if all(row["val_accuracy"] > earlier["val_accuracy"] for earlier in progress["history"]):
+        progress["history"].append(row)
+        if row is max(progress["history"], key=lambda row: row["val_accuracy"]):
             best = model.get_weights()
-        history = [*progress["history"], row]
-        checkpoint(done=(epoch + 1) * steps, sums=[0, 0, 0], seconds=0, history=history)
+        checkpoint(done=(epoch + 1) * steps, sums=[0, 0, 0], seconds=0)
     model.set_weights(best)
     return progress["history"]
 
 def stratified(ids, labels, limit):
-    """`limit` of the sequences, each label in proportion; a smaller limit keeps a part of them."""
+    """A stratified subset of `limit` sequences; that of a smaller limit is a part of it."""
     order = pd.Series(labels).sample(frac=1, random_state=0)
     group = order.groupby(order)
     depth = group.cumcount() / group.transform("size")      # how far into its own label each one is
     kept = np.sort(depth.sort_values(kind="stable").index[:limit])
     return ids[kept], labels[kept]
-
-METRICS = {"accuracy": 0.0, "low": 0.0, "high": 0.0, "macro_f1": 0.0, "n": 0, "validation": 0.0,
-           "parameters": 0, "train_seconds": 0.0}
 
 def train_model(name, config, meta, splits, folder, restart):
     """Train a model, unless that is done, and write it to `folder` -> its metrics, a dict."""
@@ -1307,26 +1293,23 @@ def train_model(name, config, meta, splits, folder, restart):
     folder.mkdir(parents=True, exist_ok=True)
     if restart:
         checkpoint.unlink(missing_ok=True)
-    elif path.exists() and identity.items() <= (metrics := read_json(path, METRICS)).items():
+    elif path.exists() and identity.items() <= (metrics := read_json(path, identity)).items():
         print(f"{name}: trained already in {folder} (--restart: again)", flush=True)
         return metrics
     keras.utils.set_random_seed(config.seed)
     tf.config.experimental.enable_op_determinism()
     model = build_model(name, config)
-    outside = model.count_params() - model.embedding.count_params()
-    print(f"\n{name}: {outside:,} parameters outside the embedding of {config.vocab_size:,} words, "
-          f"{len(splits['train'][0]):,} sequences to train on, seed {config.seed}", flush=True)
+    print(f"\n{name}: {model.count_params():,} parameters, seed {config.seed}, "
+          f"{len(splits['train'][0]):,} sequences to train on", flush=True)
     history = pd.DataFrame(fit(model, splits["train"], splits["val"], checkpoint, identity))
     ids, labels = splits["test"]
     predicted = predict_logits(model, ids, config.batch_size).argmax(1)
     metrics = {**identity, **scores(labels, predicted), "validation": history.val_accuracy.max(),
-               "parameters": model.count_params(), "parameters_outside_embedding": outside,
-               "train_seconds": history.seconds.sum()}
+               "parameters": model.count_params(), "train_seconds": history.seconds.sum()}
     write_csv(folder / "history.csv", history)
     atomic_write(folder / "model.keras", model.save)
     atomic_write(path, lambda file: file.write_text(json.dumps(metrics, indent=1)))
     checkpoint.unlink(missing_ok=True)
-    print(f"{name}: test accuracy {metrics['accuracy']:.2%}; saved in {folder}", flush=True)
     return metrics
 
 def train_models(arguments, models):
@@ -1343,14 +1326,14 @@ def train_models(arguments, models):
     for folder, (name, settings) in models.items():
         config = dataclasses.replace(config, **settings)
         row = train_model(name, config, meta, splits, run / folder, arguments.restart)
-        rows.append({"model": folder, **{key: row[key] for key in METRICS}})
-    return run, pd.DataFrame(rows)
+        rows.append({**row, "model": folder})
+    return run, pd.DataFrame(rows).drop(columns=["config", "data", "vocabulary"])
 
 def train_command(arguments):
     """Train the models asked for, and print their metrics."""
     names = MODELS if arguments.model == "all" else [arguments.model]
     run, table = train_models(arguments, {name: (name, {}) for name in names})
-    print_table(f"trained on {run.name}", table)
+    print_table(f"test accuracy of the models in {run}", table)
 
 # ------------------------------------------------------------------- 7 Evaluation and prediction
 
@@ -1366,8 +1349,7 @@ def mcnemar(first, second):
 def load_trained(arguments):
     """(preprocessed folder, meta.json, run folder, {name: model}). UserError if one is missing."""
     found = find_preprocessed(arguments)
-    require(found, f"nothing in {arguments.data_dir} is preprocessed for --data {arguments.data}; "
-            "run train first")
+    require(found, f"nothing in {arguments.data_dir} for --data {arguments.data}; run train first")
     (data, meta), models = found, {}
     run, names = arguments.run_dir / data.name, [arguments.model]
     if arguments.model == "all":
@@ -1383,27 +1365,24 @@ def load_trained(arguments):
 
 def read_test(path, data, meta, config):
     """A file to test on, tokenized or raw -> (ids, DataFrame: its other columns, text, label)."""
-    tokenizer = load_tokenizer(data / "tokenizer") if meta["vocabulary"] else None
-    with path.open("rb") as file:
-        columns = file.readline().strip().split(b",")
+    columns = path.read_bytes().partition(b"\n")[0].strip().split(b",")
     if b"0" not in columns or b"label" not in columns:
-        table = read_tweets(path)
+        table, tokenizer = read_tweets(path), load_tokenizer(data / "tokenizer")
         return tokenize(tokenizer, table.text.map(clean_tweet).tolist(), meta["max_length"]), table
     ids, labels = read_tokenized(path, config)
     table = pd.read_csv(path, dtype=str, keep_default_na=False).filter(regex=r"\D")
-    if tokenizer:
-        table["text"] = tokenizer.decode_batch(ids.tolist())
+    if meta["vocabulary"]:
+        table["text"] = load_tokenizer(data / "tokenizer").decode_batch(ids.tolist())
     return ids, table.assign(label=labels)
 
 def accuracy_by_length(model, lengths):
-    """{length: accuracy on 256 induction heads}; NaN where attention would take over 4 GB."""
+    """{length: accuracy on 256 induction heads}; a Transformer's only up to 4,096 (memory)."""
+    require(model.config.classes > 15, "--lengths needs a model of --data induction")
     accuracy = {}
     for length in lengths:
-        ids, labels = induction_heads(256, length, seed=3)
-        if model.block == "transformer" and length > 4096:
-            accuracy[str(length)] = math.nan
-        else:
-            logits = predict_logits(model, ids, max(1, 8192 // length))
+        if model.block != "transformer" or length <= 4096:
+            ids, labels = induction_heads(256, length, seed=3)
+            logits = predict_logits(model, ids, min(256, max(1, 8192 // length)))
             accuracy[str(length)] = float(np.mean(logits.argmax(1) == labels))
     return accuracy
 
@@ -1442,66 +1421,49 @@ def print_comparison(table, names):
     print_table("correct on the same tweets, and McNemar's test", tests)
     differ = said[said[names].nunique(axis=1) > 1]
     shown = differ.sample(min(12, len(differ)), random_state=0)
-    for name in names:
-        shown[name] += np.where(shown[name] == shown.label, "*", "")
-    shown["text"] = [one_line(text)[:60] for text in table.text[shown.index]]
-    print_table(f"they disagree on {len(differ):,} of {len(said):,} tweets (*: correct)", shown)
+    shown["text"] = table.text[shown.index].map(one_line).str[:60]
+    print_table(f"they disagree on {len(differ):,} of {len(said):,} tweets", shown)
 
 def predict_command(arguments):
     """Label the tweets on the command line or, if there are none, each line of standard input."""
     data, meta, _, models = load_trained(arguments)
     require(meta["vocabulary"], f"{data} holds no tweets; choose another data set with --data")
     tokenizer, model = load_tokenizer(data / "tokenizer"), models[arguments.model]
-
-    tweets = arguments.text or [line.decode(encoding_of(line), "replace") for line in
-                                sys.stdin.buffer]
+    tweets = arguments.text or [x.decode(encoding_of(x), "replace") for x in sys.stdin.buffer]
     ids = tokenize(tokenizer, list(map(clean_tweet, tweets)), meta["max_length"])
-    # Compiling takes 2 seconds, more than a few tweets take without.
-    logits = predict_logits(model, ids) if len(ids) > 100 else model(ids)
-    for tweet, p in zip(tweets, tf.nn.softmax(logits).numpy()):
+    for tweet, p in zip(tweets, tf.nn.softmax(predict_logits(model, ids)).numpy()):
         shares = " ".join(f"{name} {share:.3f}" for name, share in zip(LABELS, p))
         print(f"{LABELS[p.argmax()]:<9} {shares}  {one_line(tweet)}")
 
 # ----------------------------------------------------------------------------------- 8 Ablation
 
-def draw(path, title, lines, xlabel, ylabel, scales=("log", "log")):
-    """Write a figure with the lines {label: (x, y, lowest y, highest y)} as PNG."""
+def draw(path, title, table, **options):
+    """Plot a DataFrame, a line per column against its index, as PNG."""
     from matplotlib.figure import Figure
     axes = Figure(figsize=(7, 5), layout="constrained").subplots()
-    for label, (x, y, low, high) in lines.items():
-        axes.plot(x, y, marker="o", label=label)
-        axes.fill_between(x, low, high, alpha=0.15)
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale=scales[0], yscale=scales[1])
-    axes.grid(alpha=0.3)
-    axes.legend()
+    table.plot(ax=axes, title=title, marker="o", grid=True, **options)
     atomic_write(path, lambda file: axes.figure.savefig(file, dpi=150, format="png"))
 
 def ablate_command(arguments):
     """Train Mamba with each selection on a data set; print, keep and draw one table."""
-    given, lengths = arguments.settings.get("selection"), arguments.lengths
-    selections = [given] if given else SELECTIONS
+    given = arguments.settings.get("selection")
     run, table = train_models(arguments, {
-        f"ablate/{selection}": ("mamba", {"selection": selection}) for selection in selections})
-    lines = {"test accuracy": (selections, table.accuracy, table.low, table.high)}
-    scales = "linear", "linear"
-    if lengths:
-        models = [keras.models.load_model(run / name / "model.keras") for name in table.model]
-        rows = pd.DataFrame([accuracy_by_length(model, lengths) for model in models])
-        table, scales = table.join(rows), ("log", "linear")
-        lines = {name: (lengths, row, row, row) for name, row in zip(selections, rows.to_numpy())}
-    print_table(f"Mamba by what of its selection depends on the input, on {run.name}", table)
+        f"ablate/{selection}": ("mamba", {"selection": selection})
+        for selection in ([given] if given else SELECTIONS)})
+    title = f"Mamba by what of its selection depends on the input, on {run.name}"
+    print_table(title, table)
     write_csv(run / "ablate" / "ablate.csv", table)
-    draw(run / "ablate" / "ablate.png", f"Mamba's selection, {run.name}", lines,
-         "length" if lengths else "what depends on the input", "accuracy", scales)
+    chart = table.set_index("model")[["accuracy", "low", "high"]]
+    draw(run / "ablate" / "ablate.png", title, chart, ylabel="test accuracy")
 
 # ------------------------------------------------------------------------------------- 9 Timing
 
-SCAN_LENGTHS = (16, 64, 256, 1024, 4096)                    # of 4,096 tokens in all
+SCAN_LENGTHS = (16, 64, 256, 1024, 4096)                    # each of 4,096 tokens in all
 
 def time_call(call, *arguments, seconds=0.25):
-    """{"milliseconds": median, "fastest", "slowest"} of calls that fill `seconds`, at least 3."""
+    """{"milliseconds": median, "fastest", "slowest"} of calls that fill `seconds`, at least 5."""
     times = []
-    while len(times) < 5 or sum(times) < 1e3 * seconds:
+    while len(times) < 7 or sum(times[2:]) < 1e3 * seconds:
         start = time.perf_counter()
         tf.nest.map_structure(lambda x: x.numpy(), call(*arguments))
         times.append(1e3 * (time.perf_counter() - start))
@@ -1511,11 +1473,10 @@ def time_call(call, *arguments, seconds=0.25):
 def scan_inputs(batch, length, channels=128, state=16):
     """Random u, delta, A, B, C, D of the scale of a trained model's."""
     random = np.random.default_rng(0)
-    u, delta, B, C = (random.standard_normal((batch, length, last), "float32")
+    u, delta, B, C = (tf.constant(random.standard_normal((batch, length, last), "float32"))
                       for last in (channels, channels, state, state))
-    A = -np.tile(np.arange(1, state + 1, dtype="float32"), (channels, 1))
-    delta, D = np.log1p(np.exp(delta - 3)), np.ones(channels, "float32")
-    return [tf.constant(x) for x in (u, delta, A, B, C, D)]
+    A = -tf.repeat(tf.range(1.0, state + 1)[None], channels, 0)
+    return [u, tf.nn.softplus(delta - 3), A, B, C, tf.ones(channels)]
 
 def scan_gradient(*inputs, method):
     """The gradients of the summed squares of y with respect to the inputs of the scan."""
@@ -1529,14 +1490,14 @@ def bench_command(arguments):
     folder, device = arguments.run_dir / "bench", machine()
     print(f"{device}; medians in milliseconds", flush=True)
     models = {name: build_model(name) for name in arguments.models}
-    random, inference, training, scans = np.random.default_rng(0), [], [], []
-    for length, tokens in itertools.product(sorted(set(arguments.lengths)), (1, 8192)):
-        batch = max(1, tokens // length)                    # one sequence, and enough for all cores
-        ids = tf.constant(random.integers(1, Config.vocab_size, (batch, length)), tf.int32)
-        for name, model in models.items():
-            inference.append({"model": name, "length": length, "batch": batch,
-                              **time_call(model.logits, ids)})
-    ids = tf.constant(random.integers(1, Config.vocab_size, (256, 24)), tf.int32)
+    inference, training, scans = [], [], []
+    for length in sorted(set(arguments.lengths)):
+        for batch in sorted({1, max(1, 8192 // length)}):   # one sequence, and enough for all cores
+            ids = tf.random.uniform((batch, length), 1, Config.vocab_size, tf.int32)
+            for name, model in models.items():
+                inference.append({"model": name, "length": length, "batch": batch,
+                                  **time_call(model.logits, ids)})
+    ids = tf.random.uniform((256, 24), 1, Config.vocab_size, tf.int32)
     for name, model in models.items():
         step = training_step(model, make_optimizer(model, 1000))
         batch = tf.range(256, dtype=tf.int64), ids, tf.zeros(256, tf.int32)
@@ -1558,10 +1519,8 @@ def bench_command(arguments):
         wide = table.pivot(index=["batch", "length"], columns=line, values="milliseconds")
         print(f"\n{title}\n{wide.to_string(float_format='{:.2f}'.format)}", flush=True)
         if file != "training":
-            table = table[table.batch == 1] if file == "latency" else table
-            lines = {" ".join(key): (part.length, part.milliseconds, part.fastest, part.slowest)
-                     for key, part in table.groupby(line, sort=False)}
-            draw(folder / f"{file}.png", f"{title}\n{device}", lines, "length", "milliseconds")
+            wide = wide.loc[1] if file == "latency" else wide.droplevel("batch")
+            draw(folder / f"{file}.png", f"{title}\n{device}", wide, loglog=True, ylabel="ms")
     print(f"\nwritten to {folder}")
 
 COMMANDS = {"preprocess": preprocess, "train": train_command, "evaluate": evaluate_command,
@@ -1576,18 +1535,10 @@ def main(arguments):
         with (all_devices() if distributed else tf.distribute.get_strategy()).scope():
             COMMANDS[arguments.command](arguments)
         return 0
-    except BrokenPipeError:                                 # stdout was closed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes", file=sys.stderr)
-        return 130
-    except UserError as error:
-        message = one_line(error)
-    except OSError as error:
-        message = f"{one_line(error)}; fix that, or name other folders (--run-dir, --data-dir)"
-    print(f"mamba_sentiment.py: {message}", file=sys.stderr)
-    return 2
+    except (UserError, OSError) as error:
+        advice = "" if isinstance(error, UserError) else "; see --run-dir and --data-dir"
+        print(f"mamba_sentiment.py: {one_line(error)}{advice}", file=sys.stderr)
+        return 2
 
 if __name__ == "__main__":
     sys.exit(main(ARGUMENTS))
