@@ -692,7 +692,7 @@ class TweetClassifier(keras.Model):
         self.block = block
         self.config = c = Config(**config) if isinstance(config, dict) else config
         self.embedding = keras.layers.Embedding(c.vocab_size, c.width, dtype=c.precision)
-        head = keras.layers.Dense(c.classes, dtype="float32")
+        head = keras.layers.Dense(c.classes, dtype="float32")               # draws its seed first
         self.norms, self.blocks = [], []
         for kind in c.depth * BLOCKS[block]:
             self.norms.append(keras.layers.RMSNormalization(dtype=c.precision))
@@ -1441,7 +1441,8 @@ def draw(path, title, table, **options):
     """Plot a DataFrame, a line per column against its index, as PNG."""
     from matplotlib.figure import Figure
     axes = Figure(figsize=(7, 5), layout="constrained").subplots()
-    table.plot(ax=axes, title=title, marker="o", grid=True, **options)
+    table.plot(ax=axes, title=title, marker="o", grid=True, legend=False, **options)
+    axes.figure.legend(loc="outside right upper")
     atomic_write(path, lambda file: axes.figure.savefig(file, dpi=150, format="png"))
 
 def ablate_command(arguments):
@@ -1450,11 +1451,12 @@ def ablate_command(arguments):
     run, table = train_models(arguments, {
         f"ablate/{selection}": ("mamba", {"selection": selection})
         for selection in ([given] if given else SELECTIONS)})
-    title = f"Mamba by what of its selection depends on the input, on {run.name}"
+    title = f"Mamba by what depends on the input, {run.name}"
     print_table(title, table)
     write_csv(run / "ablate" / "ablate.csv", table)
     chart = table.set_index("model")[["accuracy", "low", "high"]]
-    draw(run / "ablate" / "ablate.png", title, chart, ylabel="test accuracy")
+    draw(run / "ablate" / "ablate.png", title, chart, ylabel="test accuracy", linestyle="none",
+         xticks=range(len(chart)), rot=15)
 
 # ------------------------------------------------------------------------------------- 9 Timing
 
@@ -1519,8 +1521,10 @@ def bench_command(arguments):
         wide = table.pivot(index=["batch", "length"], columns=line, values="milliseconds")
         print(f"\n{title}\n{wide.to_string(float_format='{:.2f}'.format)}", flush=True)
         if file != "training":
-            wide = wide.loc[1] if file == "latency" else wide.droplevel("batch")
-            draw(folder / f"{file}.png", f"{title}\n{device}", wide, loglog=True, ylabel="ms")
+            if file == "latency":
+                title, wide = "inference of one sequence", wide.loc[[1]]
+            draw(folder / f"{file}.png", f"{title}\n{device}", wide.droplevel("batch"), loglog=True,
+                 ylabel="milliseconds")
     print(f"\nwritten to {folder}")
 
 COMMANDS = {"preprocess": preprocess, "train": train_command, "evaluate": evaluate_command,

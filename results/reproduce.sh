@@ -93,7 +93,7 @@ induction() {                               # trained on 128 tokens, tested at o
 import json, pathlib
 import mamba_sentiment as ms                # first: it sets what TensorFlow prints
 import keras, pandas as pd
-lengths, rows, lines = [64, 128, 256, 512, 1024, 4096, 16384], [], {}
+lengths, rows = [64, 128, 256, 512, 1024, 4096, 16384], []
 for path in sorted(pathlib.Path("runs/induction").rglob("model.keras")):
     metrics = json.loads(path.with_name("metrics.json").read_text())
     accuracy = ms.accuracy_by_length(keras.models.load_model(path), lengths)
@@ -101,13 +101,12 @@ for path in sorted(pathlib.Path("runs/induction").rglob("model.keras")):
         path.parent.name, f"Mamba, selective: {path.parent.name}")
     rows.append({"model": name, "train_sequences": metrics["train_sequences"],
                  "train_seconds": round(metrics["train_seconds"]), **accuracy})
-    values = list(accuracy.values())
-    lines[name] = lengths, values, values, values
 table = pd.DataFrame(rows)
 table.to_csv("results/induction.csv", index=False)
 print(table.to_string(index=False))
-ms.draw(pathlib.Path("results/induction.png"), "Induction heads, trained at 128 tokens",
-        lines, "length", "accuracy", ("log", "linear"))
+chart = table.set_index("model")[[str(length) for length in lengths]].T.set_axis(lengths)
+ms.draw(pathlib.Path("results/induction.png"), "Induction heads, trained at 128 tokens", chart,
+        logx=True, xlabel="length", ylabel="accuracy")
 END
 }
 
@@ -121,8 +120,8 @@ import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from tokenizers import Tokenizer
-tokenizer = Tokenizer.from_file("data/crowdflower/tokenizer/tokenizer.json")
+from tokenizers import BertWordPieceTokenizer
+tokenizer = BertWordPieceTokenizer.from_file("data/crowdflower/tokenizer/vocab.txt")
 texts, labels = {}, {}
 for split in ("train", "test"):
     table = pd.read_csv(f"data/crowdflower/{split}_tokenized.csv")
