@@ -116,8 +116,8 @@ def parse_arguments(argv=None):
     flag("train ablate evaluate predict preprocess", "--data-dir", type=pathlib.Path,
          default="data", help="tweets and token ids (default: data)")
     flag("train ablate evaluate predict preprocess", "--data", default="auto",
-         help="sentiment140, crowdflower, induction, a file, or auto (the default): what was "
-         "preprocessed last, else sentiment140 and, if it cannot be fetched, crowdflower")
+         help="sentiment140, crowdflower and induction (both with some defaults of their own), a "
+         "file, or auto (default): what was preprocessed last, else sentiment140 or crowdflower")
     flag("train ablate preprocess", "--tokenizer", metavar="bert-base-uncased|DIR|vocab.txt|train",
          help="vocabulary (default: bert-base-uncased; if it cannot be fetched, train: a new one)")
     flag("train", "--model", choices=(*MODELS, "all"), required=True)
