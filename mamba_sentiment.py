@@ -1520,7 +1520,7 @@ COMMANDS = {"preprocess": preprocess, "train": train_command, "evaluate": evalua
             "predict": predict_command, "ablate": ablate_command, "bench": bench_command}
 
 def main(arguments):
-    """Run one command -> exit status: 0 done, 2 an error the user can fix, said in one line."""
+    """Run one command -> exit status: 0 done, 2 an error the user can fix, 1 and 130 stopped."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")            # for terminals that have no emoji
     distributed = arguments.command in ("train", "ablate")
@@ -1528,6 +1528,12 @@ def main(arguments):
         with (all_devices() if distributed else tf.distribute.get_strategy()).scope():
             COMMANDS[arguments.command](arguments)
         return 0
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command resumes a training", file=sys.stderr)
+        return 130
+    except BrokenPipeError:                                 # stdout was closed, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except (UserError, OSError) as error:
         advice = "" if isinstance(error, UserError) else "; check the path, --run-dir, --data-dir"
         print(f"mamba_sentiment.py: {one_line(error)}{advice}", file=sys.stderr)
