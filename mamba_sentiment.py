@@ -38,7 +38,7 @@ import sys
 
 # ------------------------------------------------------------------ 1 Settings and command line
 #
-# This section stands before the heavy imports, so that --help and mistakes answer at once.
+# This section comes before the slow imports, so that --help and usage errors do not wait for them.
 
 MODELS = ("mamba", "ssm", "transformer", "lstm")
 SELECTIONS = ("none", "delta", "B", "C", "B+C", "delta+B+C")    # those that `ablate` compares
@@ -116,10 +116,10 @@ def parse_arguments(argv=None):
     flag("train ablate evaluate predict preprocess", "--data-dir", type=pathlib.Path,
          default="data", help="tweets and token ids (default: data)")
     flag("train ablate evaluate predict preprocess", "--data", default="auto",
-         help="sentiment140, crowdflower and induction (both with some defaults of their own), a "
-         "file, or auto (default): what was preprocessed last, else sentiment140 or crowdflower")
+         help="sentiment140, crowdflower, induction (the last two change defaults), a file, or "
+         "auto (default): what was preprocessed last, else sentiment140, else crowdflower")
     flag("train ablate preprocess", "--tokenizer", metavar="bert-base-uncased|DIR|vocab.txt|train",
-         help="vocabulary (default: bert-base-uncased; if it cannot be fetched, train: a new one)")
+         help="vocabulary (default: bert-base-uncased or, if its download fails, train: a new one)")
     flag("train", "--model", choices=(*MODELS, "all"), required=True)
     flag("evaluate", "--model", choices=(*MODELS, "all"), default="all")
     flag("predict", "--model", choices=MODELS, default="mamba")
@@ -172,8 +172,8 @@ import time
 import unicodedata
 import zipfile
 
-# TensorFlow's own allocator reuses the memory of the last training step; the system's gives it
-# back and requests it again, which took 40 % of the time of a step.
+# TensorFlow's own allocator keeps the memory of a training step for the next one. The system's
+# allocator returns it and requests it again, which took 40 % of the time of a step.
 os.environ |= {"TF_CPU_ALLOCATOR_USE_BFC": "true", "TF_CPP_MIN_LOG_LEVEL": "3",
                "KERAS_BACKEND": "tensorflow"} | os.environ
 if os.environ["KERAS_BACKEND"] != "tensorflow":
@@ -243,7 +243,7 @@ def sequential_scan(u, delta, A, B, C, D, h):
 # data of u, go through memory at each step, and again for the gradient. The fast methods work on
 # chunks of up to CHUNK steps. The states of a chunk, laid out (n, d), stay in the cache; only y
 # leaves it. The gradient needs the states again. As in the paper's section 3.3.2, they are not
-# kept, but computed a second time from the state before the chunk, which is kept.
+# stored but recomputed; only the state before each chunk is stored.
 
 CHUNK = 16
 
@@ -346,15 +346,15 @@ def fused_gradient(A, u, delta, B, C, h, starts, dy, dlast):
     return tf.map_fn(sequence_gradient, (u, delta, B, C, starts, dy, dlast),
                      fn_output_signature=(u.dtype,) * 6)
 
-# On a GPU each step of a loop is a kernel to launch, and there are l of them. So take each chunk
-# as a sequence of its own that starts from zero, and run the same steps on all of them at once:
-# CHUNK steps instead of l. What is missing is linear in h_in, the state before the chunk:
+# On a GPU each step of a loop launches a kernel, and there are l steps. Instead, treat each chunk
+# as a separate sequence that starts from h = 0, and run all chunks at once: CHUNK steps instead
+# of l. What these local states lack is linear in h_in, the state before the chunk:
 #
 #     h[t] = local h[t] + exp(A S[t]) h_in,      S[t] = delta[0] + ... + delta[t] within the chunk
 #
 # At the last t of each chunk this is a recurrence over chunks, which `carry` solves. The product of
-# decays, exp(A S), is safe for every input: A S <= 0, so it cannot overflow; where it underflows to
-# 0, so does what it stands for; and nothing is ever divided by it.
+# decays, exp(A S), is safe for every input: A S <= 0, so it cannot overflow; if it underflows to 0,
+# so does the product of the single decays; and nothing is ever divided by it.
 
 def carry(total, h, A):
     """The recurrence over chunks, x[0] = h[0], x[c+1] = exp(A total[c]) x[c] + h[c+1], by doubling.
@@ -374,7 +374,7 @@ def carry(total, h, A):
 
 @compiled
 def parallel_scan(A, u, delta, B, C, h):
-    """All chunks at once; arguments and results as of `fused_scan`."""
+    """All chunks at once; same arguments and results as `fused_scan`."""
     u, delta, B, C = (tf.transpose(x, (2, 0, 1, 3)) for x in (u, delta, B, C))      # (k, b, ...)
     S = tf.cumsum(delta, 0)[..., None, :]                                   # (k, b, chunks, 1, d)
     decay = tf.exp(S * A)                           # XLA fuses it into the sum below: not stored
@@ -552,7 +552,7 @@ class MambaBlock(Block):
                                   |
                               (b, l, w)
 
-    mask (b, l), optional: False at padding, which is then skipped, on the left or the right.
+    mask (b, l), optional: False at padding, on the left or the right, which is then skipped.
     """
 
     def build(self, shape):
@@ -564,7 +564,7 @@ class MambaBlock(Block):
         self.conv_kernel = self.add_weight((c.kernel, d), linear_init(), name="conv_kernel")
         conv_bias_init = keras.initializers.RandomUniform(-c.kernel ** -0.5, c.kernel ** -0.5)
         self.conv_bias = self.add_weight((d,), conv_bias_init, name="conv_bias")
-        self.build_selection(c, math.ceil(c.width / 16))                    # r as the official code
+        self.build_selection(c, math.ceil(c.width / 16))        # r, as in the official code
         self.dt_bias = self.scan_weight("dt_bias", (d,), dt_bias_init)
         self.A_log = self.scan_weight("A_log", (d, c.state), A_log_init)
         self.D = self.scan_weight("D", (d,), "ones")
@@ -599,11 +599,11 @@ class MambaBlock(Block):
 
     def ssm(self, u):
         """Selection (algorithm 2): delta, B, C from u (b, l, d), then the scan -> y (b, l, d)."""
-        made = tf.cast(tf.tensordot(u, self.x_proj, 1), self.scan_dtype)    # (b, l, r + 2n)
-        made = dict(zip(self.sizes, tf.split(made, list(self.sizes.values()), -1)))
+        selected = tf.cast(tf.tensordot(u, self.x_proj, 1), self.scan_dtype)    # (b, l, r + 2n)
+        selected = dict(zip(self.sizes, tf.split(selected, list(self.sizes.values()), -1)))
         for name, constant in self.constants.items():
-            made[name] = constant + 0 * made[name]          # so that x_proj has a gradient, zeros
-        delta, B, C = made.values()
+            selected[name] = constant + 0 * selected[name]  # gives x_proj a gradient of zeros
+        delta, B, C = selected.values()
         delta = tf.tensordot(delta, tf.cast(self.dt_proj, self.scan_dtype), 1)
         delta = tf.nn.softplus(delta + self.dt_bias)                        # (b, l, d)
         # Not "auto": the classifier gives each core a share of the batch already.
@@ -845,11 +845,11 @@ def encoding_of(content):
     return "latin-1"
 
 def label_numbers(labels, scales):
-    """{label as written: 0 negative, 1 neutral, 2 positive}, by the first scale that has them."""
+    """{label in the file: 0, 1 or 2, as in LABELS}, by the first scale that contains all labels."""
     endings = r"^\+|\.0*$|ative$|tral$|itive$"                  # +1, 4.0, negative ...
     plain = {label: re.sub(endings, "", label.strip().lower()) for label in labels}
     found = set(plain.values())
-    certain = len(scales) == 1 or "".join(found).isalpha()      # then some may be missing
+    certain = len(scales) == 1 or "".join(found).isalpha()      # a subset is unambiguous
     for scale in scales:
         if found == set(scale) or certain and found < set(scale):
             return {label: 2 * scale.index(plain[label]) // (len(scale) - 1) for label in labels}
@@ -924,7 +924,7 @@ def download(source, path, digest):
     return path
 
 def find_source(data, data_dir):
-    """`--data` -> (name of its folder, path of the raw tweets), fetched if they are not there."""
+    """`--data` -> (name of its folder, path of the raw tweets), downloaded if missing."""
     if data in ("auto", "sentiment140"):
         for path in sorted(data_dir.glob(f"{SENTIMENT140_CSV}*")):          # the user put it there
             return "sentiment140", path
@@ -941,12 +941,12 @@ def find_source(data, data_dir):
     return folder_name(data), pathlib.Path(data)
 
 def folder_name(data):
-    """The name of a data set: its keyword, or that of the file, never one that is a keyword."""
+    """The folder name of a data set: its keyword, or the name of the file (never a keyword)."""
     name = re.sub(r"\W+", "_", pathlib.Path(data).name.split(".")[0]) or "tweets"
     return data if data in KEYWORDS else f"{name}_file" if name in KEYWORDS else name
 
 def load_tokenizer(spec, data_dir=None, training_texts=()):
-    """A BERT tokenizer: bert-base-uncased, train, a folder, or a vocab.txt. UserError if bad."""
+    """A BERT tokenizer; `spec`: bert-base-uncased, train, a folder, a vocab.txt; else UserError."""
     if spec == "bert-base-uncased":
         try:
             spec = download(BERT_URL, data_dir / "bert-base-uncased-vocab.txt", BERT_SHA256)
@@ -967,10 +967,10 @@ def load_tokenizer(spec, data_dir=None, training_texts=()):
 def train_vocabulary(texts):
     """A WordPiece vocabulary, {word: id}; the same texts give the same."""
     trained = tokenizers.BertWordPieceTokenizer(lowercase=True)
-    # Without them, the trainer adds the letters in the order of a hash table, which varies.
+    # All letters are given as special tokens: the trainer itself adds them in a random order.
     letters = trained.normalizer.normalize_str("".join(sorted(set("".join(texts)))))
     letters = sorted(set(letters) - {" "})
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *map("##{}".format, letters)]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + x for x in letters)]
     trained.train_from_iterator(texts, vocab_size=Config.vocab_size, min_frequency=2,
                                 special_tokens=special, show_progress=False)
     return trained.get_vocab()
@@ -1025,7 +1025,8 @@ def preprocess(arguments):
         if data == "auto":
             data = folder.name if folder.name in KEYWORDS else meta["source"]
         source = pathlib.Path(meta["source"] if data in KEYWORDS else data)
-        now = {"tokenizer": arguments.tokenizer, "max_length": arguments.settings.get("max_length"),
+        now = {"tokenizer": meta["tokenizer"] and arguments.tokenizer,
+               "max_length": arguments.settings.get("max_length"),
                "sha256": sha256(source.read_bytes()) if source.is_file() else None}
         changed = [key for key, value in now.items() if value not in (None, meta[key])]
         if not changed:
@@ -1065,7 +1066,7 @@ def preprocess(arguments):
 def read_tokenized(path, config):
     """A tokenized CSV -> (ids (tweets, length), uint16 where they fit; labels (tweets,) int32).
 
-    UserError for another file. Columns beside the token ids and `label` are ignored.
+    UserError for any other file. Columns other than the token ids and `label` are ignored.
     """
     with reading(path, "expected a file that `preprocess` writes"):
         table = pd.read_csv(path, dtype="int32", usecols=lambda x: x.isdecimal() or x == "label")
@@ -1078,8 +1079,8 @@ def read_tokenized(path, config):
                 f"(another vocabulary?) and labels from 0 to {last}")
         return ids.astype("uint16" if top < 1 << 16 else "int32"), labels
 
-# The lengths to which sequences are cut, by the least number of sequences. A tweet has 16 tokens on
-# average. XLA compiles for each length, 7 seconds for training, so small data get few lengths.
+# {least number of sequences: the lengths to which they are cut}. A tweet has 16 tokens on average.
+# XLA compiles for each length, which takes 7 seconds for training, so small data get few lengths.
 BUCKETS = {0: (), 10_000: (18, 36), 100_000: (12, 18, 24, 36)}
 
 def batches(ids, labels, batch_size, generator=None, skip=0):
@@ -1201,11 +1202,11 @@ def predict_logits(model, ids, batch_size=256):
 def scores(labels, predicted):
     """Accuracy, its 95 % interval (Wilson 1927), macro F1 over the labels that occur, and n."""
     confusion = tf.math.confusion_matrix(labels, predicted).numpy()         # [label, predicted]
-    correct, real, said = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    correct, actual, answered = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     n, p, z = len(labels), correct.sum() / len(labels), 1.96
     middle, reach = n * p + z * z / 2, z * math.sqrt(n * p * (1 - p) + z * z / 4)
     low, high = np.clip([middle - reach, middle + reach], 0, n + z * z) / (n + z * z)
-    f1 = 2 * correct[real > 0] / (real + said)[real > 0]
+    f1 = 2 * correct[actual > 0] / (actual + answered)[actual > 0]
     return {"accuracy": p, "low": low, "high": high, "macro_f1": f1.mean(), "n": n}
 
 def print_table(title, table):
@@ -1277,7 +1278,7 @@ def stratified(ids, labels, limit):
     return ids[kept], labels[kept]
 
 def train_model(name, config, meta, splits, folder, restart):
-    """Train a model, unless that is done, and write it to `folder` -> its metrics, a dict."""
+    """Train a model and write it to `folder`, unless it is there already -> its metrics, a dict."""
     identity = {"model": name, "config": dataclasses.asdict(config), "data": meta["sha256"],
                 "vocabulary": meta["vocabulary"], "train_sequences": len(splits["train"][0])}
     path, checkpoint = folder / "metrics.json", folder / "checkpoint.npz"
@@ -1346,11 +1347,11 @@ def load_trained(arguments):
         names = [name for name in MODELS if (run / name / "metrics.json").exists()] or MODELS[:1]
     for name in names:
         path = run / name / "model.keras"
-        with reading(path, f"python mamba_sentiment.py train --model {name} makes it"):
+        with reading(path, f"create it with python mamba_sentiment.py train --model {name}"):
             trained = json.loads(path.with_name("metrics.json").read_text())
             require(trained["vocabulary"] == meta["vocabulary"], "trained with another vocabulary")
             models[name] = keras.models.load_model(path, compile=False)     # runs no code in it
-            require(isinstance(models[name], TweetClassifier), "it is another model")
+            require(isinstance(models[name], TweetClassifier), "it is not a TweetClassifier")
     return data, meta, run, models
 
 def read_test(path, data, meta, config):
@@ -1400,19 +1401,19 @@ def evaluate_command(arguments):
 
 def print_comparison(table, names):
     """Confusion of each model, McNemar's test of the first against the others, disagreements."""
-    said = table[["label", *names]].map(LABELS.__getitem__)
+    words = table[["label", *names]].map(LABELS.__getitem__)
     for name in names:
-        print(f"\n{pd.crosstab(said.label, said[name])}")
+        print(f"\n{pd.crosstab(words.label, words[name])}")
     first, *others = ((table[name] == table.label).rename(name) for name in names)
     if not others:
         return
     tests = [(f"{first.name} and {other.name}", *mcnemar(first, other)) for other in others]
     tests = pd.DataFrame(tests, columns=["models", "only first", "only second", "p"])
     print_table("correct on the same tweets, and McNemar's test", tests)
-    differ = said[said[names].nunique(axis=1) > 1]
+    differ = words[words[names].nunique(axis=1) > 1]
     shown = differ.sample(min(12, len(differ)), random_state=0)
     shown["text"] = table.text[shown.index].map(one_line).str[:60]
-    print_table(f"they disagree on {len(differ):,} of {len(said):,} tweets", shown)
+    print_table(f"they disagree on {len(differ):,} of {len(words):,} tweets", shown)
 
 def predict_command(arguments):
     """Label the tweets on the command line or, if there are none, each line of standard input."""
@@ -1450,7 +1451,7 @@ def ablate_command(arguments):
 
 # ------------------------------------------------------------------------------------- 9 Timing
 
-SCAN_LENGTHS = (16, 64, 256, 1024, 4096)                    # each of 4,096 tokens in all
+SCAN_LENGTHS = (16, 64, 256, 1024, 4096)                    # in batches of 4,096 tokens
 
 def time_call(call, *arguments, seconds=0.25):
     """{"milliseconds": median, "fastest", "slowest"} of calls that fill `seconds`, at least 5."""
@@ -1463,7 +1464,7 @@ def time_call(call, *arguments, seconds=0.25):
     return {"milliseconds": np.median(times), "fastest": min(times), "slowest": max(times)}
 
 def scan_inputs(batch, length, channels=128, state=16):
-    """Random u, delta, A, B, C, D of the scale of a trained model's."""
+    """Random u, delta, A, B, C, D at the scale of those in a trained model."""
     random = np.random.default_rng(0)
     u, delta, B, C = (tf.constant(random.standard_normal((batch, length, last), "float32"))
                       for last in (channels, channels, state, state))
@@ -1496,7 +1497,7 @@ def bench_command(arguments):
         training.append({"model": name, "length": 24, "batch": 256,
                          **time_call(step, tf.constant(0, tf.int64), *batch)})
     for length, method in itertools.product(SCAN_LENGTHS, METHODS):
-        if method != "sequential" or length <= 64:          # it takes seconds
+        if method != "sequential" or length <= 64:          # longer ones take seconds
             inputs = scan_inputs(4096 // length, length)
             for name, function in (("forward", selective_scan), ("with gradient", scan_gradient)):
                 call = tf.function(functools.partial(function, method=method), autograph=False)
