@@ -714,9 +714,9 @@ def test_evaluate_compares_the_models_and_the_readmes_code_works(trained, capsys
 
 def test_what_is_not_trained_does_not_fit_or_brings_code_is_refused(trained, capsys):
     for command, word in (
-            ("evaluate --run-dir none", "train --model mamba"), ("evaluate --test no.csv", "no.csv"),
+            ("evaluate --run-dir none", "train --model mamba"), (f"{LSTM} --run-dir said", "said"),
             ("predict hi --data-dir none", "nothing"), ("evaluate --lengths 9", "induction"),
-            ("preprocess --data no.csv", "no.csv"), (f"{LSTM} --run-dir said", "said"),
+            ("preprocess --data no.csv", "no.csv"), ("evaluate --test no.csv", "no.csv"),
             ("preprocess --data tweets.csv --data-dir said/x", "said"),
             (f"{LSTM} --vocab-size 20", "from 0 to 19")):
         refuses(capsys, command, word)
