@@ -88,17 +88,23 @@ induction() {                               # trained on 128 tokens, tested at o
     for model in ssm lstm; do
         mamba train --data induction --model "$model"
     done
-    mamba train --data induction --model transformer --learning-rate 1e-3
+    for each in 1e-3 3e-4; do
+        mamba train --data induction --model transformer --learning-rate "$each" \
+            --run-dir "runs/transformer/$each"
+    done
     python - <<'END'
 import json, pathlib
 import mamba_sentiment as ms                # first: it sets what TensorFlow prints
 import keras, pandas as pd
 lengths, rows = [64, 128, 256, 512, 1024, 4096, 16384], []
-for path in sorted(pathlib.Path("runs/induction").rglob("model.keras")):
+paths = [*pathlib.Path("runs/induction").rglob("model.keras"),
+         *pathlib.Path("runs/transformer").rglob("model.keras")]
+for path in sorted(paths):
     metrics = json.loads(path.with_name("metrics.json").read_text())
     accuracy = ms.accuracy_by_length(keras.models.load_model(path), lengths)
-    name = {"ssm": "SSM", "lstm": "LSTM", "transformer": "Transformer"}.get(
-        path.parent.name, f"Mamba, selective: {path.parent.name}")
+    name = {"ssm": "SSM", "lstm": "LSTM"}.get(path.parent.name, f"Mamba, selective: {path.parent.name}")
+    if path.parent.name == "transformer":
+        name = f"Transformer, {metrics['config']['learning_rate']}"
     rows.append({"model": name, "train_sequences": metrics["train_sequences"],
                  "train_seconds": round(metrics["train_seconds"]), **accuracy})
 table = pd.DataFrame(rows)
