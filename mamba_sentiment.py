@@ -1255,7 +1255,8 @@ def fit(model, train, val, path, identity):
             sums += step(tf.constant(epoch * steps + i, tf.int64), *batch).numpy()
             loss, accuracy = sums[:2] / sums[2]
             bar.update(i, [("loss", loss), ("accuracy", accuracy)])
-            if i < steps and time.perf_counter() - saved > CHECKPOINT_SECONDS:
+            due = time.perf_counter() - saved > CHECKPOINT_SECONDS or not math.isfinite(loss)
+            if due and i < steps:
                 saved = time.perf_counter()
                 checkpoint(done=epoch * steps + i, sums=sums.tolist(), seconds=saved - start)
         right = predict_logits(model, val[0], c.batch_size).argmax(1) == val[1]
