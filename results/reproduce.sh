@@ -8,7 +8,7 @@
 # (2 min), peers (10 min). A section that was interrupted resumes; what is trained is not trained
 # again.
 #
-# data/ must hold training.1600000.processed.noemoticon.csv (or .xz), bert-base-uncased-vocab.txt
+# data/ must hold training.1600000.processed.noemoticon.csv (or .xz), vocab.txt (of bert-base-uncased)
 # and testdata.manual.2009.06.14.csv; without them they are downloaded, except for the last.
 set -euo pipefail
 cd "$(dirname "$0")/.."
