@@ -31,10 +31,27 @@ Glossary. Sizes are lower case; arrays are named as in the paper. (b, ...) is a 
 For Mamba alone read sections 2 to 4. Left out: language models, step-by-step inference, Mamba-2.
 """
 import argparse
+import contextlib
 import dataclasses
+import functools
+import hashlib
+import html
+import itertools
+import json
+import math
 import os
 import pathlib
+import platform
+import re
+import shutil
+import socket
+import subprocess
 import sys
+import tempfile
+import time
+import timeit
+import unicodedata
+import zipfile
 
 # ------------------------------------------------------------------ 1 Settings and command line
 #
@@ -43,10 +60,10 @@ import sys
 MODELS = ("mamba", "ssm", "transformer", "lstm")
 SELECTIONS = ("none", "delta", "B", "C", "B+C", "delta+B+C")    # those that `ablate` compares
 
-def setting(default, help, low=None, high=2**31 - 1, choices=None):
+def setting(default, help, low=0, high=2**31 - 1, choices=None):
     """A field of `Config` with its meaning and its allowed values."""
-    allowed = {"help": f"{help} (default: {default})", "low": low, "high": high, "choices": choices}
-    return dataclasses.field(default=default, metadata=allowed)
+    metadata = {"help": help, "allowed": choices or (low, high)}
+    return dataclasses.field(default=default, metadata=metadata)
 
 @dataclasses.dataclass
 class Config:
@@ -75,12 +92,10 @@ class Config:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, allowed = getattr(self, field.name), field.metadata
-            low, high, choices = (allowed[key] for key in ("low", "high", "choices"))
-            if choices and value not in choices:
-                raise ValueError(f"{field.name} must be one of {', '.join(choices)}, not {value!r}")
-            if low is not None and not low <= value <= high:
-                raise ValueError(f"{field.name} must be from {low} to {high}, not {value}")
+            value, allowed = getattr(self, field.name), field.metadata["allowed"]
+            fits = value in allowed if field.type is str else allowed[0] <= value <= allowed[1]
+            if not fits:
+                raise ValueError(f"{field.name} must be in {list(allowed)}, not {value!r}")
         if self.width % self.heads:
             raise ValueError(f"heads must be a divisor of width {self.width}, not {self.heads}")
 
@@ -90,101 +105,65 @@ DATA_DEFAULTS = {
     "induction": {"vocab_size": 17, "classes": 16, "max_length": 128, "pooling": "last",
                   "dropout": 0.0, "weight_decay": 0.0, "learning_rate": 3e-3, "batch_size": 32}}
 
-class Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, with exit status 2."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
 def parse_arguments(argv=None):
     """The command line as a namespace; its `settings`: the flags of `Config` that were given."""
-    parser = Parser(prog="mamba_sentiment.py", description=__doc__.partition("Glossary")[0],
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser("mamba_sentiment.py", usage=argparse.SUPPRESS,
+                                     description=__doc__.partition("Glossary")[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, prog=parser.prog)
     for name in ("preprocess", "train", "evaluate", "predict", "ablate", "bench"):
-        commands.add_parser(name)
-
-    def flag(names, *arguments, **options):
-        for name in names.split():
-            commands.choices[name].add_argument(*arguments, **options)
-
-    flag("train ablate evaluate predict bench", "--run-dir", type=pathlib.Path, default="runs",
-         help="trained models and figures (default: runs)")
-    flag("train ablate evaluate predict preprocess", "--data-dir", type=pathlib.Path,
-         default="data", help="tweets and token ids (default: data)")
-    flag("train ablate evaluate predict preprocess", "--data", default="auto",
-         help="sentiment140, crowdflower, induction (the last two change defaults), a file, or "
-         "auto (default): what was preprocessed last, else sentiment140, else crowdflower")
-    flag("train ablate preprocess", "--tokenizer", metavar="bert-base-uncased|DIR|vocab.txt|train",
-         help="vocabulary (default: bert-base-uncased or, if its download fails, train: a new one)")
-    flag("train", "--model", choices=(*MODELS, "all"), required=True)
-    flag("evaluate", "--model", choices=(*MODELS, "all"), default="all")
-    flag("predict", "--model", choices=MODELS, default="mamba")
-    flag("bench", "--models", choices=MODELS, nargs="+", default=MODELS)
-    flag("train ablate", "--restart", action="store_true", help="retrain from scratch")
-    flag("evaluate", "--test", type=pathlib.Path, metavar="FILE", help="other tweets to test on")
-    flag("evaluate", "--lengths", type=int, nargs="+", metavar="N", default=[],
-         help="test on induction sequences of these lengths")
-    flag("bench", "--lengths", type=int, nargs="+", default=[64, 256, 1024, 4096],
-         metavar="N", help="of sequences (default: 64 256 1024 4096)")
-    flag("predict", "text", nargs="*", metavar="TEXT", help="a tweet; none: one per line of stdin")
-    for field in dataclasses.fields(Config):
-        names = "train ablate" + " preprocess" * (field.name == "max_length")
-        flag(names, f"--{field.name.replace('_', '-')}", type=field.type,
-             default=argparse.SUPPRESS, choices=field.metadata["choices"],
-             metavar=None if field.type is str else "X", help=field.metadata["help"])
+        add = commands.add_parser(name, usage=argparse.SUPPRESS).add_argument   # mistakes: one line
+        if name != "preprocess":
+            add("--run-dir", type=pathlib.Path, default="runs", help="models and figures")
+        if name != "bench":
+            add("--data-dir", type=pathlib.Path, default="data", help="tweets and token ids")
+            add("--data", default="auto", help="sentiment140, crowdflower, induction, a file, or "
+                "auto (default): what was preprocessed last, else sentiment140, else crowdflower")
+        if name in ("preprocess", "train", "ablate"):
+            add("--tokenizer", help="bert-base-uncased (default), a folder, a vocab.txt, or train")
+        if name in ("train", "ablate"):
+            add("--restart", action="store_true", help="retrain from scratch")
+        for field in dataclasses.fields(Config):
+            if name in ("train", "ablate") or (name, field.name) == ("preprocess", "max_length"):
+                add(f"--{field.name.replace('_', '-')}", type=field.type, default=argparse.SUPPRESS,
+                    choices=field.metadata["allowed"] if field.type is str else None,
+                    help=f"{field.metadata['help']} (default: {field.default})")
+    _, train, evaluate, predict, _, bench = commands.choices.values()
+    train.add_argument("--model", choices=(*MODELS, "all"), required=True)
+    evaluate.add_argument("--model", choices=(*MODELS, "all"), default="all")
+    evaluate.add_argument("--test", type=pathlib.Path, metavar="FILE", help="tweets to test on")
+    evaluate.add_argument("--lengths", type=int, nargs="+", metavar="N", help="of induction heads")
+    predict.add_argument("--model", choices=MODELS, default="mamba")
+    predict.add_argument("text", nargs="*", metavar="TEXT", help="tweets; none: the lines of stdin")
+    bench.add_argument("--models", choices=MODELS, nargs="+", default=MODELS)
+    bench.add_argument("--lengths", type=int, nargs="+", metavar="N", default=[64, 256, 1024, 4096])
     arguments = parser.parse_args(argv)
     arguments.settings = {name: x for name, x in vars(arguments).items() if hasattr(Config, name)}
     try:
         Config(**arguments.settings)
     except ValueError as error:
-        commands.choices[arguments.command].error(str(error))
+        parser.error(str(error))
     if min(getattr(arguments, "lengths", None) or [4]) < 4:
         parser.error("--lengths must be at least 4")
-    if os.environ.setdefault("KERAS_BACKEND", "tensorflow") != "tensorflow":
-        parser.error("the backend of Keras must be TensorFlow; unset KERAS_BACKEND")
     return arguments
-
-ARGUMENTS = parse_arguments() if __name__ == "__main__" else None
-
-import contextlib
-import functools
-import hashlib
-import html
-import itertools
-import json
-import math
-import platform
-import re
-import shutil
-import socket
-import subprocess
-import tempfile
-import time
-import unicodedata
-import zipfile
 
 # TensorFlow's own allocator keeps the memory of a training step for the next one. The system's
 # allocator returns it and requests it again, which took 40 % of the time of a step.
 os.environ |= {"TF_CPU_ALLOCATOR_USE_BFC": "true", "TF_CPP_MIN_LOG_LEVEL": "3",
                "KERAS_BACKEND": "tensorflow"} | os.environ
 if os.environ["KERAS_BACKEND"] != "tensorflow":
-    raise ImportError("the backend of Keras must be TensorFlow; unset KERAS_BACKEND")
-_holder = None
-if ARGUMENTS and sys.stderr and shutil.which("sh"):
-    # A shell keeps what libraries print while they load, and shows it only if loading fails.
-    _show = 'text=$(cat); case "$text" in *loaded) ;; *) printf "%s\\n" "$text" >&2 ;; esac'
-    _holder, _stderr = subprocess.Popen(["sh", "-c", _show], stdin=subprocess.PIPE), os.dup(2)
+    raise SystemExit("the backend of Keras must be TensorFlow; unset KERAS_BACKEND")
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()
+    # Another process keeps what libraries print while they load, and shows it if loading fails.
+    _show = [sys.executable, "-c", "import sys; sys.stderr.write(sys.stdin.read())"]
+    _holder, _stderr = subprocess.Popen(_show, stdin=subprocess.PIPE), os.dup(2)
     os.dup2(_holder.stdin.fileno(), 2)
 import numpy as np
 import pandas as pd
 import tensorflow as tf
 import keras
 import tokenizers
-if _holder:
-    os.write(2, b"loaded")
-    os.dup2(_stderr, 2)
-    _holder.communicate()
 tf.get_logger().setLevel("ERROR")
 register = keras.saving.register_keras_serializable("mamba_sentiment")
 
@@ -1304,11 +1283,9 @@ def predict_command(arguments):
 
 def draw(path, title, table, **options):
     """Plot a DataFrame, a line per column against its index, as PNG."""
-    from matplotlib.figure import Figure
-    axes = Figure(figsize=(7, 5), layout="constrained").subplots()
-    table.plot(ax=axes, title=title, marker="o", grid=True, legend=False, **options)
-    axes.figure.legend(loc="outside right upper")
-    atomic_write(path, lambda file: axes.figure.savefig(file, dpi=150, format="png"))
+    axes = table.plot(title=title, marker="o", grid=True, figsize=(9, 7), **options)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))    # outside
+    atomic_write(path, lambda file: axes.figure.savefig(file, format="png", bbox_inches="tight"))
 
 def ablate_command(arguments):
     """Train Mamba with each selection on a data set; print, keep and draw one table."""
@@ -1319,23 +1296,19 @@ def ablate_command(arguments):
     title = f"Mamba by what depends on the input, {run.name}"
     print_table(title, table)
     write_csv(run / "ablate" / "ablate.csv", table)
-    chart = table.set_index("model")[["accuracy", "low", "high"]]
-    draw(run / "ablate" / "ablate.png", title, chart, ylabel="test accuracy", linestyle="none",
-         xticks=range(len(chart)), rot=15)
+    draw(run / "ablate" / "ablate.png", title, table, x="model", y=["accuracy", "low", "high"],
+         ylabel="test accuracy", linestyle="none", rot=15)
 
 # ------------------------------------------------------------------------------------- 9 Timing
 
 SCAN_LENGTHS = (16, 64, 256, 1024, 4096)                    # in batches of 4,096 tokens
 
-def time_call(call, *arguments, seconds=0.25):
-    """{"milliseconds": median, "fastest", "slowest"} of calls that fill `seconds`, at least 5."""
-    times = []
-    while len(times) < 7 or sum(times[2:]) < 1e3 * seconds:
-        start = time.perf_counter()
-        tf.nest.map_structure(lambda x: x.numpy(), call(*arguments))
-        times.append(1e3 * (time.perf_counter() - start))
-    times = times[2:]                                       # the first two compile and warm up
-    return {"milliseconds": np.median(times), "fastest": min(times), "slowest": max(times)}
+def time_call(name, batch, length, call, *inputs):
+    """A row of a table: median, fastest and slowest of 15 calls, after two that compile."""
+    times = 1e3 * np.array(timeit.repeat(
+        lambda: tf.nest.map_structure(np.array, call(*inputs)), number=1, repeat=17)[2:])
+    return {"model": name, "length": length, "batch": batch, "milliseconds": np.median(times),
+            "fastest": times.min(), "slowest": times.max()}
 
 def scan_inputs(batch, length, channels=128, state=16):
     """Random u, delta, A, B, C, D at the scale of those in a trained model."""
@@ -1347,72 +1320,55 @@ def scan_inputs(batch, length, channels=128, state=16):
 
 def scan_gradient(*inputs, method):
     """The gradients of the summed squares of y with respect to the inputs of the scan."""
-    with tf.GradientTape() as tape:
-        tape.watch(inputs)
-        loss = tf.reduce_sum(tf.square(selective_scan(*inputs, method=method)))
-    return tape.gradient(loss, inputs)
+    return tf.gradients(tf.square(selective_scan(*inputs, method=method)), inputs)
 
 def bench_command(arguments):
     """Time inference, training steps and the scan as they are used; write tables and figures."""
     folder, device = arguments.run_dir / "bench", machine()
-    print(f"{device}; medians in milliseconds", flush=True)
+    print(device, flush=True)
     models = {name: build_model(name) for name in arguments.models}
-    inference, training, scans = [], [], []
-    for length in sorted(set(arguments.lengths)):
+    latency, scan = [], []
+    for length in arguments.lengths:
         for batch in sorted({1, max(1, 8192 // length)}):   # one sequence, and enough for all cores
             ids = tf.random.uniform((batch, length), 1, Config.vocab_size, tf.int32)
             for name, model in models.items():
-                inference.append({"model": name, "length": length, "batch": batch,
-                                  **time_call(model.logits, ids)})
+                latency.append(time_call(name, batch, length, model.logits, ids))
     ids = tf.random.uniform((256, 24), 1, Config.vocab_size, tf.int32)
+    batch = tf.constant(0, tf.int64), tf.range(256, dtype=tf.int64), ids, tf.zeros(256, tf.int32)
     for name, model in models.items():
         step = training_step(model, make_optimizer(model, 1000))
-        batch = tf.range(256, dtype=tf.int64), ids, tf.zeros(256, tf.int32)
-        training.append({"model": name, "length": 24, "batch": 256,
-                         **time_call(step, tf.constant(0, tf.int64), *batch)})
+        latency.append(time_call(f"{name}, a training step", 256, 24, step, *batch))
     for length, method in itertools.product(SCAN_LENGTHS, METHODS):
-        if method != "sequential" or length <= 64:          # longer ones take seconds
-            inputs = scan_inputs(4096 // length, length)
-            for name, function in (("forward", selective_scan), ("with gradient", scan_gradient)):
-                call = tf.function(functools.partial(function, method=method), autograph=False)
-                scans.append({"method": method, "pass": name, "length": length,
-                              "batch": 4096 // length, **time_call(call, *inputs)})
-    for file, title, rows, line in (("latency", "inference", inference, ["model"]),
-                                    ("training", "a training step", training, ["model"]),
-                                    ("scan", "scan, d 128, n 16", scans, ["method", "pass"])):
-        table = pd.DataFrame(rows).assign(device=device)
-        write_csv(folder / f"{file}.csv", table)
-        wide = table.pivot(index=["batch", "length"], columns=line, values="milliseconds")
-        print(f"\n{title}\n{wide.to_string(float_format='{:.2f}'.format)}", flush=True)
-        if file != "training":
-            if file == "latency":
-                title, wide = "inference of one sequence", wide.loc[[1]]
-            draw(folder / f"{file}.png", f"{title}\n{device}", wide.droplevel("batch"), loglog=True,
-                 ylabel="milliseconds")
-    print(f"\nwritten to {folder}")
-
-COMMANDS = {"preprocess": preprocess, "train": train_command, "evaluate": evaluate_command,
-            "predict": predict_command, "ablate": ablate_command, "bench": bench_command}
+        inputs = scan_inputs(4096 // length, length)
+        for name, function in (("forward", selective_scan), ("with gradient", scan_gradient)):
+            call = tf.function(functools.partial(function, method=method), autograph=False)
+            scan.append(time_call(f"{method}, {name}", 4096 // length, length, call, *inputs))
+    one = [row for row in latency if row["batch"] == 1]
+    for file, title, rows, drawn in (("latency", "inference of one sequence", latency, one),
+                                     ("scan", "scan, d 128, n 16, 4,096 tokens", scan, scan)):
+        table = pd.DataFrame(rows)
+        print_table(f"{file}, milliseconds", table)
+        write_csv(folder / f"{file}.csv", table.assign(device=device))
+        chart = pd.DataFrame(drawn).pivot(index="length", columns="model", values="milliseconds")
+        draw(folder / f"{file}.png", f"{title}\n{device}", chart, loglog=True,
+             ylabel="milliseconds")
 
 def main(arguments):
-    """Run one command -> exit status: 0 done, 2 an error the user can fix, 1 and 130 stopped."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")            # for terminals that have no emoji
+    """Run one command -> exit status: 0 done, 2 an error the user can fix."""
+    sys.stdout.reconfigure(errors="replace")                # for terminals that have no emoji
+    commands = {"preprocess": preprocess, "train": train_command, "evaluate": evaluate_command,
+                "predict": predict_command, "ablate": ablate_command, "bench": bench_command}
     distributed = arguments.command in ("train", "ablate")
     try:
         with (all_devices() if distributed else tf.distribute.get_strategy()).scope():
-            COMMANDS[arguments.command](arguments)
+            commands[arguments.command](arguments)
         return 0
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes a training", file=sys.stderr)
-        return 130
-    except BrokenPipeError:                                 # stdout was closed, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
     except (UserError, OSError) as error:
         advice = "" if isinstance(error, UserError) else "; check the path, --run-dir, --data-dir"
         print(f"mamba_sentiment.py: {one_line(error)}{advice}", file=sys.stderr)
         return 2
 
 if __name__ == "__main__":
+    os.dup2(_stderr, 2)
+    _holder.kill()
     sys.exit(main(ARGUMENTS))
