@@ -221,32 +221,32 @@ CHUNK = 16
 # Compiles a function with XLA. If another compiled function calls it, it is compiled into that one.
 compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
 
-def scan_steps(steps, body, state, like, reverse=False):
-    """`for t in range(steps): state, outputs[t] = body(t, state)` -> (outputs, state).
+def scan_steps(body, state, arrays, like, reverse=False):
+    """`for t in range(steps): state, outputs[t] = body(state, *(x[t] for x in arrays))`.
 
-    The loop is not unrolled. `like`: tensors with the shapes of the outputs of one step.
+    Returns (*outputs, state). The loop is not unrolled. `like`: tensors shaped as body's outputs.
     """
     def step(i, state, outputs):
         t = steps - 1 - i if reverse else i
-        state, new = body(t, state)
+        state, new = body(state, *(x[t] for x in arrays))
         return i + 1, state, [array.write(t, x) for array, x in zip(outputs, new)]
 
+    steps = keras.ops.shape(arrays[0])[0]
     outputs = [tf.TensorArray(x.dtype, steps, element_shape=x.shape) for x in like]
     _, state, outputs = tf.while_loop(lambda i, *_: i < steps, step, (0, state, outputs))
-    return [array.stack() for array in outputs], state
+    return *(array.stack() for array in outputs), state
 
 def scan_chunk(A, u, delta, B, C, h):
     """The recurrence over a chunk: A (n, d), u, delta (k, ..., d), B, C (k, ..., n), h (..., n, d).
 
     Returns y (k, ..., d) without D u, and the last h. "...": (b, chunks) in parallel, or nothing.
     """
-    def step(t, h):
-        decay = tf.exp(delta[t][..., None, :] * A)                          # (..., n, d)
-        h = decay * h + (delta[t] * u[t])[..., None, :] * B[t][..., None]
-        return h, [tf.reduce_sum(C[t][..., None] * h, -2)]
+    def step(h, u, delta, B, C):
+        decay = tf.exp(delta[..., None, :] * A)                             # (..., n, d)
+        h = decay * h + (delta * u)[..., None, :] * B[..., None]
+        return h, [tf.reduce_sum(C[..., None] * h, -2)]
 
-    (y,), h = scan_steps(keras.ops.shape(u)[0], step, h, like=[u[0]])
-    return y, h
+    return scan_steps(step, h, (u, delta, B, C), like=[u[0]])
 
 def scan_chunk_gradient(A, u, delta, B, C, h, dy, g):
     """The gradient of `scan_chunk`; dy (k, ..., d), g (..., n, d): those of y and of the last h.
@@ -262,18 +262,17 @@ def scan_chunk_gradient(A, u, delta, B, C, h, dy, g):
         dC[t]     = sum_d h[t] dy[t]
         dh        = a[0] g[0]                                    of the state before the chunk
     """
-    steps, a, v = keras.ops.shape(u)[0], tf.exp(delta[..., None, :] * A), delta * u
+    def forward(h, a, v, B):
+        kept = a * h
+        return kept + v[..., None, :] * B[..., None], [kept]
 
-    def forward(t, h):
-        kept = a[t] * h
-        return kept + v[t][..., None, :] * B[t][..., None], [kept]
+    def backward(g, a, C, dy):
+        g += C[..., None] * dy[..., None, :]
+        return a * g, [g]
 
-    def backward(t, g):
-        g += C[t][..., None] * dy[t][..., None, :]
-        return a[t] * g, [g]
-
-    (kept,), _ = scan_steps(steps, forward, h, like=[h])                    # (k, ..., n, d)
-    (g,), dh = scan_steps(steps, backward, g, like=[g], reverse=True)       # (k, ..., n, d)
+    a, v = tf.exp(delta[..., None, :] * A), delta * u
+    kept, _ = scan_steps(forward, h, (a, v, B), like=[h])                   # (k, ..., n, d)
+    g, dh = scan_steps(backward, g, (a, C, dy), like=[g], reverse=True)     # (k, ..., n, d)
     gB = tf.reduce_sum(g * B[..., None], -2)
     dA = tf.reduce_sum(g * kept * delta[..., None, :], 0)
     ddelta = u * gB + tf.reduce_sum(g * kept * A, -2)
@@ -288,33 +287,30 @@ def fused_scan(A, u, delta, B, C, h):
     A (n, d), u, delta (b, chunks, k, d), B, C (b, chunks, k, n), h (b, n, d) -> y without D u, the
     state before each chunk (b, chunks, n, d), and the last h.
     """
-    def scan_sequence(sequence):
-        u, delta, B, C, h = sequence
+    def chunk(h, *arrays):
+        y, last = scan_chunk(A, *arrays, h)
+        return last, [y, h]
 
-        def chunk(c, h):
-            y, end = scan_chunk(A, u[c], delta[c], B[c], C[c], h)
-            return end, [y, h]
+    def sequence(inputs):
+        *arrays, h = inputs
+        return scan_steps(chunk, h, arrays, like=[arrays[0][0], h])
 
-        (y, starts), last = scan_steps(keras.ops.shape(u)[0], chunk, h, like=[u[0], h])
-        return y, starts, last
-
-    return tf.map_fn(scan_sequence, (u, delta, B, C, h), fn_output_signature=(u.dtype,) * 3)
+    return tf.map_fn(sequence, (u, delta, B, C, h), fn_output_signature=(u.dtype,) * 3)
 
 @compiled
 def fused_gradient(A, u, delta, B, C, h, starts, dy, dlast):
     """The gradients of A (b, n, d; the caller sums over b), u, delta, B, C, h = starts[:, 0]."""
-    def sequence_gradient(sequence):
-        *arrays, g = sequence
-        chunks, like = keras.ops.shape(arrays[0])[0], [x[0] for x in arrays[:4]]
+    def chunk(state, *arrays):
+        dA, *gradients, g = scan_chunk_gradient(A, *arrays, state[1])
+        return (state[0] + dA, g), gradients
 
-        def chunk(c, state):
-            dA, *gradients, g = scan_chunk_gradient(A, *(x[c] for x in arrays), state[1])
-            return (state[0] + dA, g), gradients
-
-        gradients, (dA, dh) = scan_steps(chunks, chunk, (0 * A, g), like, reverse=True)
+    def sequence(inputs):
+        *arrays, g = inputs
+        like = [x[0] for x in arrays[:4]]
+        *gradients, (dA, dh) = scan_steps(chunk, (0 * A, g), arrays, like, reverse=True)
         return dA, *gradients, dh
 
-    return tf.map_fn(sequence_gradient, (u, delta, B, C, starts, dy, dlast),
+    return tf.map_fn(sequence, (u, delta, B, C, starts, dy, dlast),
                      fn_output_signature=(u.dtype,) * 6)
 
 # On a GPU each step of a loop launches a kernel, and there are l steps. Instead, treat each chunk
@@ -334,10 +330,9 @@ def carry(total, h, A):
     twice as many chunks, and total sums delta over them (Hillis and Steele 1986).
     """
     def double(span, total, h):
-        def earlier(x):                                                     # x[c - span], or 0
-            return tf.where((tf.range(chunks) >= span)[:, None, None], tf.roll(x, span, 1), 0)
-
-        return 2 * span, total + earlier(total), h + tf.exp(A * total) * earlier(h)
+        there = (tf.range(chunks) >= span)[:, None, None]
+        before = [tf.where(there, tf.roll(x, span, 1), 0) for x in (total, h)]  # x[c - span], or 0
+        return 2 * span, total + before[0], h + tf.exp(A * total) * before[1]
 
     chunks = keras.ops.shape(h)[1]
     total = tf.pad(total, ((0, 0), (1, 0), (0, 0), (0, 0)))
@@ -351,9 +346,8 @@ def parallel_scan(A, u, delta, B, C, h):
     decay = tf.exp(S * A)                           # XLA fuses it into the sum below: not stored
     y, local = scan_chunk(A, u, delta, B, C, tf.zeros_like(decay[0]))       # each chunk from zero
     ends = carry(S[-1], tf.concat([h[:, None], local], 1), A)               # (b, chunks + 1, n, d)
-    starts, last = ends[:, :-1], ends[:, -1]
-    y += tf.reduce_sum(C[..., None] * decay * starts, -2)
-    return tf.transpose(y, (1, 2, 0, 3)), starts, last
+    y += tf.reduce_sum(C[..., None] * decay * ends[:, :-1], -2)
+    return tf.transpose(y, (1, 2, 0, 3)), ends[:, :-1], ends[:, -1]
 
 @compiled
 def parallel_gradient(A, u, delta, B, C, h, starts, dy, dlast):
@@ -373,13 +367,13 @@ def fast_method():
     """The method that is faster here: parallel where TensorFlow has a GPU, else fused."""
     return "parallel" if tf.config.list_physical_devices("GPU") else "fused"
 
-def in_shares(function, *arrays):
+def in_shares(function, *arrays, share=True):
     """[function(*share)] for shares of a batch (axis 0): one per core, at most 8; on a GPU one.
 
     XLA runs a loop over time on one core. Calls in a plain `tf.function` run in parallel.
     """
     batch = arrays[0].shape[0]
-    shares = min(8, os.cpu_count(), batch or 1)
+    shares = min(8, os.cpu_count(), batch or 1) if share else 1
     if shares == 1 or fast_method() == "parallel":
         return [function(*arrays)]
     sizes = [batch * (i + 1) // shares - batch * i // shares for i in range(shares)]
@@ -393,9 +387,8 @@ def fast_scan(u, delta, A, B, C, D, h, method):
     batch, length, channels = keras.ops.shape(u)
     chunks = -(-length // CHUNK)
     steps = -(-length // chunks)
-    fast = fast_method() if method == "auto" else method
-    forward, backward = {"fused": (fused_scan, fused_gradient),
-                         "parallel": (parallel_scan, parallel_gradient)}[fast]
+    fast = {"fused": (fused_scan, fused_gradient), "parallel": (parallel_scan, parallel_gradient)}
+    forward, backward = fast[fast_method() if method == "auto" else method]
 
     def cut(x):                     # (b, l, .) -> (b, chunks, k, .); delta = 0 leaves h as it is
         x = tf.pad(x, ((0, 0), (0, chunks * steps - length), (0, 0)))
@@ -404,8 +397,7 @@ def fast_scan(u, delta, A, B, C, D, h, method):
     def run(function, *arrays):
         # Without `tf.stop_gradient` TensorFlow would prepare to differentiate the loops itself.
         A, *arrays = map(tf.stop_gradient, arrays)
-        call = functools.partial(function, A)
-        shares = in_shares(call, *arrays) if method == "auto" else [call(*arrays)]
+        shares = in_shares(functools.partial(function, A), *arrays, share=method == "auto")
         return [tf.stop_gradient(tf.concat(parts, 0)) for parts in zip(*shares)]
 
     def refuse(*_):
@@ -475,29 +467,8 @@ def linear_init(shrink=1.0):
     """Uniform on ±shrink / sqrt(fan_in), as in PyTorch and so in the official code."""
     return keras.initializers.VarianceScaling(shrink ** 2 / 3, "fan_in", "uniform")
 
-def dt_bias_init(shape, dtype=None):
-    """Its softplus, the initial delta, is log-uniform on [0.001, 0.1], as in the official code."""
-    delta = tf.exp(keras.random.uniform(shape, math.log(0.001), math.log(0.1), dtype=dtype))
-    return delta + tf.math.log(-tf.math.expm1(-delta))                      # inverse of softplus
-
-def A_log_init(shape, dtype=None):
-    """A = -exp(A_log) = -1, -2 ... -n in each channel (S4D-Real, the paper's section 3.6)."""
-    return tf.broadcast_to(tf.math.log(tf.range(1, shape[1] + 1, dtype=dtype)), shape)
-
-class Block(keras.layers.Layer):
-    """What the blocks share: a `Config`, the check of the width, and how they are saved."""
-
-    def __init__(self, config, **kwargs):
-        super().__init__(**kwargs)
-        self.config = Config(**config) if isinstance(config, dict) else config
-        self.input_spec = keras.layers.InputSpec(ndim=3, axes={-1: self.config.width})
-        self.supports_masking = True
-
-    def get_config(self):
-        return {**super().get_config(), "config": dataclasses.asdict(self.config)}
-
 @register
-class MambaBlock(Block):
+class MambaBlock(keras.layers.Layer):
     """The Mamba block (the paper's figure 3 and section 3.4): (b, l, w) -> (b, l, w).
 
                            (b, l, w)
@@ -526,35 +497,42 @@ class MambaBlock(Block):
     mask (b, l), optional: False at padding, on the left or the right, which is then skipped.
     """
 
-    def build(self, shape):
-        c = self.config
-        d = self.inner = c.expand * c.width
+    def __init__(self, config, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.config = c = Config(**config) if isinstance(config, dict) else config
+        d, n = c.expand * c.width, c.state
         # The scan and its own weights stay in float32 (or float64) under any dtype policy.
-        self.scan_dtype = "float64" if self.variable_dtype == "float64" else "float32"
+        self.scan_dtype = dtype = "float64" if self.variable_dtype == "float64" else "float32"
+        self.scan_weight = functools.partial(self.add_weight, dtype=dtype, autocast=False)
         self.in_proj = self.add_weight((c.width, 2 * d), linear_init(), name="in_proj")
         self.conv_kernel = self.add_weight((c.kernel, d), linear_init(), name="conv_kernel")
         conv_bias_init = keras.initializers.RandomUniform(-c.kernel ** -0.5, c.kernel ** -0.5)
         self.conv_bias = self.add_weight((d,), conv_bias_init, name="conv_bias")
-        self.build_selection(c, math.ceil(c.width / 16))        # r, as in the official code
-        self.dt_bias = self.scan_weight("dt_bias", (d,), dt_bias_init)
-        self.A_log = self.scan_weight("A_log", (d, c.state), A_log_init)
-        self.D = self.scan_weight("D", (d,), "ones")
+        self.add_selection(d, n, math.ceil(c.width / 16))       # r, as in the official code
+        # Its softplus, the initial delta, is log-uniform on [0.001, 0.1], as in the official code.
+        delta = tf.exp(keras.random.uniform((d,), math.log(0.001), math.log(0.1), dtype=dtype))
+        dt_bias = delta + tf.math.log(-tf.math.expm1(-delta))               # inverse of softplus
+        self.dt_bias = self.scan_weight((d,), lambda shape, dtype: dt_bias, name="dt_bias")
+        # A = -exp(A_log) = -1, -2 ... -n in each channel (S4D-Real, the paper's section 3.6).
+        A_log = tf.repeat(tf.math.log(tf.range(1, n + 1, dtype=dtype))[None], d, 0)
+        self.A_log = self.scan_weight((d, n), lambda shape, dtype: A_log, name="A_log")
+        self.D = self.scan_weight((d,), "ones", name="D")
         # Smaller with depth, as in the official code: each block adds to the residual stream.
         self.out_proj = self.add_weight((d, c.width), linear_init(c.depth ** -0.5), name="out_proj")
 
-    def scan_weight(self, name, shape, initializer):
-        return self.add_weight(shape, initializer, self.scan_dtype, autocast=False, name=name)
+    def get_config(self):
+        return {**super().get_config(), "config": dataclasses.asdict(self.config)}
 
-    def build_selection(self, c, rank):
+    def add_selection(self, d, n, r):
         """The weights that make delta, B and C from the input."""
-        self.sizes = {"delta": rank, "B": c.state, "C": c.state}
-        shape = self.inner, rank + 2 * c.state
-        self.x_proj = self.add_weight(shape, linear_init(), name="x_proj")
-        self.dt_proj = self.add_weight((rank, self.inner), linear_init(), name="dt_proj")
+        self.sizes = {"delta": r, "B": n, "C": n}
+        self.x_proj = self.add_weight((d, r + 2 * n), linear_init(), name="x_proj")
+        self.dt_proj = self.add_weight((r, d), linear_init(), name="dt_proj")
         # For the ablation: what does not depend on u is a learned constant, initialized as in S4D.
         starts = {"delta": "zeros", "B": "ones", "C": keras.initializers.RandomNormal(stddev=1.0)}
-        self.constants = {name: self.scan_weight(f"constant_{name}", (self.sizes[name],), start)
-                          for name, start in starts.items() if name not in c.selection}
+        self.constants = {key: self.scan_weight((self.sizes[key],), start, name=f"constant_{key}")
+                          for key, start in starts.items() if key not in self.config.selection}
 
     def call(self, x, mask=None):
         u, gate = tf.split(tf.tensordot(x, self.in_proj, 1), 2, -1)         # (b, l, d) each
@@ -589,10 +567,9 @@ class SSMBlock(MambaBlock):
     so the convolution is computed by FFT.
     """
 
-    def build_selection(self, c, rank):
-        shape = self.inner, c.state                                         # per channel, as in S4D
-        self.B = self.scan_weight("B", shape, "ones")
-        self.C = self.scan_weight("C", shape, keras.initializers.RandomNormal(stddev=1.0))
+    def add_selection(self, d, n, r):
+        self.B = self.scan_weight((d, n), "ones", name="B")                 # per channel, as in S4D
+        self.C = self.scan_weight((d, n), keras.initializers.RandomNormal(stddev=1.0), name="C")
 
     def ssm(self, u):
         length, dtype = keras.ops.shape(u)[1], self.scan_dtype
@@ -603,30 +580,32 @@ class SSMBlock(MambaBlock):
         coarse = tf.exp(rate[:, None, :] * tf.range(0, length, 64, dtype)[:, None])  # (d, l/64, n)
         fine = tf.exp(rate[:, :, None] * tf.range(64, dtype=dtype))          # (d, n, 64)
         kernel = ((self.C * self.B * delta)[:, None, :] * coarse) @ fine     # (d, l/64, 64)
-        kernel = tf.reshape(kernel, (self.inner, -1))[:, :length]            # (d, l)
+        kernel = tf.reshape(kernel, (rate.shape[0], -1))[:, :length]         # (d, l)
         x = tf.linalg.matrix_transpose(tf.cast(u, dtype))                    # (b, d, l)
         # Zero-padded to twice the length, because the convolution of an FFT is circular.
         spectrum = tf.signal.rfft(x, [2 * length]) * tf.signal.rfft(kernel, [2 * length])
         y = tf.signal.irfft(spectrum, [2 * length])[..., :length]
         return tf.cast(tf.linalg.matrix_transpose(y) + self.D * tf.cast(u, dtype), u.dtype)
 
-class AttentionBlock(Block):
+class AttentionBlock(keras.layers.Layer):
     """The Transformer's first half: bidirectional self-attention over the real positions.
 
     Sinusoidal position encodings (Vaswani et al. 2017) are added to queries and keys.
     """
 
-    def build(self, shape):
-        c = self.config
-        self.attention = keras.layers.MultiHeadAttention(c.heads, c.width // c.heads,
-                                                         name="attention", dtype=self.dtype_policy)
-        self.attention.build(shape, shape)
+    def __init__(self, config, dtype=None):
+        super().__init__(dtype=dtype)
+        self.supports_masking = True
+        heads, width = config.heads, config.width
+        self.attention = keras.layers.MultiHeadAttention(heads, width // heads, dtype=dtype)
+        self.attention.build((None, None, width), (None, None, width))
 
     def call(self, x, mask=None):
-        half = -(-self.config.width // 2)
+        length, width = keras.ops.shape(x)[1:]
+        half = -(-width // 2)
         rates = 1e4 ** (-tf.range(half, dtype=tf.float32) / half)
-        angles = tf.range(keras.ops.shape(x)[1], dtype=tf.float32)[:, None] * rates
-        waves = tf.concat([tf.sin(angles), tf.cos(angles)], -1)[:, :self.config.width]
+        angles = tf.range(length, dtype=tf.float32)[:, None] * rates
+        waves = tf.concat([tf.sin(angles), tf.cos(angles)], -1)[:, :width]
         placed = x + tf.cast(waves, x.dtype)                                # (b, l, w) + (l, w)
         return self.attention(query=placed, value=x, key=placed, key_mask=mask)
 
@@ -663,10 +642,9 @@ class TweetClassifier(keras.Model):
         for kind in c.depth * BLOCKS[block]:
             self.norms.append(keras.layers.RMSNormalization(dtype=c.precision))
             self.blocks.append(kind(c, dtype=c.precision))
-            self.blocks[-1].build((None, None, c.width))
         self.norm = keras.layers.RMSNormalization(dtype=c.precision)
         self.head = head
-        for layer in (self.embedding, *self.norms, self.norm, self.head):
+        for layer in (self.embedding, *self.norms, *self.blocks, self.norm, self.head):
             layer.build((None, None, c.width))
         self.built = True
 
@@ -681,20 +659,17 @@ class TweetClassifier(keras.Model):
                 return x
             # Under XLA on a CPU the default random number generator is 20 times slower.
             here = seed + tf.constant([next(places) << 40, 0], tf.int64)
-            return tf.nn.experimental.stateless_dropout(x, self.config.dropout, here,
-                                                        rng_alg="philox")
+            return tf.nn.experimental.stateless_dropout(x, self.config.dropout, here, "philox")
 
         mask = tf.not_equal(ids, 0)
         x = dropout(self.embedding(ids))                                    # (b, l, w)
         for norm, block in zip(self.norms, self.blocks):
             x += dropout(block(norm(x), mask=mask if isinstance(block, AttentionBlock) else None))
         x = tf.cast(self.norm(x), tf.float32)
+        real = tf.cast(mask, x.dtype)[:, :, None]
         if self.config.pooling == "last":
-            last = tf.reduce_max(tf.where(mask, tf.range(keras.ops.shape(ids)[1]), 0), 1)
-            x = tf.gather(x, last, batch_dims=1)                            # (b, w)
-        else:
-            real = tf.cast(mask, x.dtype)[:, :, None]
-            x = tf.reduce_sum(x * real, 1) / tf.maximum(tf.reduce_sum(real, 1), 1)
+            real *= tf.cast(tf.cumsum(real, 1, reverse=True) == 1, x.dtype)
+        x = tf.reduce_sum(x * real, 1) / tf.maximum(tf.reduce_sum(real, 1), 1)  # (b, w)
         return self.head(dropout(x))
 
     @tf.function(autograph=False)
@@ -706,9 +681,7 @@ class TweetClassifier(keras.Model):
         return {"block": self.block, "config": dataclasses.asdict(self.config)}
 
 def build_model(name, config=None):
-    """A new `TweetClassifier`; `name`: mamba, ssm, transformer or lstm, else ValueError."""
-    if name not in MODELS:
-        raise ValueError(f"name must be one of {', '.join(MODELS)}, not {name!r}")
+    """A new `TweetClassifier`; `name`: mamba, ssm, transformer or lstm."""
     return TweetClassifier(name, config or Config(), name=name)
 
 # ------------------------------------------------------------------------------------- 5 Data
@@ -952,12 +925,11 @@ def read_tokenized(path, config):
 # XLA compiles for each length, which takes 7 seconds for training, so small data get few lengths.
 BUCKETS = {0: (), 10_000: (18, 36), 100_000: (12, 18, 24, 36)}
 
-def batches(ids, labels, batch_size, generator=None):
-    """Batches of sequences of like length, as a `tf.data.Dataset` of (rows, ids, labels).
+def plan_batches(ids, batch_size, generator=None):
+    """Batches of sequences of like length, as a list of (rows, the length to which to cut them).
 
-    They are cut to the shortest of BUCKETS that holds them, which spares most of the padding. The
-    last batch of each length is filled with rows of number -1, which do not count. `generator`
-    shuffles.
+    It is the shortest of BUCKETS that holds them, which spares most of the padding. The last batch
+    of each length is filled with rows of number -1, which do not count. `generator` shuffles.
     """
     lengths = BUCKETS[max(rows for rows in BUCKETS if rows <= len(ids))]
     lengths = [length for length in lengths if length < ids.shape[1]] + [ids.shape[1]]
@@ -967,18 +939,20 @@ def batches(ids, labels, batch_size, generator=None):
     for shorter, length in itertools.pairwise([0, *lengths]):
         rows = order[(shorter < used) & (used <= length)]
         rows = np.pad(rows, (0, -len(rows) % batch_size), constant_values=-1)
-        plan += [(length, part) for part in rows.reshape(-1, batch_size)]
+        plan += [(part, length) for part in rows.reshape(-1, batch_size)]
     if generator is not None:
         generator.shuffle(plan)
+    return plan
 
+def load_batches(plan, ids, labels):
+    """The planned batches as a `tf.data.Dataset` of (rows, ids, labels), prepared ahead of time."""
     def generate():
-        for length, rows in plan:
+        for rows, length in plan:
             yield rows, ids[rows, :length], labels[rows]
 
-    dataset = tf.data.Dataset.from_generator(generate, output_signature=(
-        tf.TensorSpec([batch_size], tf.int64), tf.TensorSpec([batch_size, None], tf.int32),
-        tf.TensorSpec([batch_size], tf.int32)))
-    return dataset.apply(tf.data.experimental.assert_cardinality(len(plan))).prefetch(4)
+    vector, matrix = tf.TensorSpec([None], tf.int32), tf.TensorSpec([None, None], tf.int32)
+    signature = tf.TensorSpec([None], tf.int64), matrix, vector
+    return tf.data.Dataset.from_generator(generate, output_signature=signature).prefetch(4)
 
 # --------------------------------------------------------------------------------- 6 Training
 
@@ -1004,66 +978,58 @@ def machine():
 
 def all_devices():
     """The `tf.distribute` strategy of all there is: machines (in TF_CONFIG), GPUs, or this CPU."""
-    text = os.environ.pop("TF_CONFIG", "")
     try:
-        if text and json.loads(text).get("cluster"):
-            os.environ["TF_CONFIG"] = text
+        if json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster"):
             return tf.distribute.MultiWorkerMirroredStrategy()
     except (ValueError, AttributeError, KeyError) as error:
         print(f"TF_CONFIG is not understood ({one_line(error)}); using this machine alone")
+    os.environ.pop("TF_CONFIG", None)                       # `MirroredStrategy` would read it
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
     return tf.distribute.MirroredStrategy() if devices[1:] else tf.distribute.get_strategy()
 
 def training_step(model, optimizer):
-    """-> step(number, rows, ids, labels), which uses all cores and devices of the current strategy.
+    """-> step(rows, ids, labels) for a batch, on all cores and devices of the current strategy.
 
-    `number` counts the steps and seeds dropout; the rest is a batch from `batches`. Returns (3,)
-    float32: the sums of losses and of correct answers, and the number of sequences.
+    Returns (3,) float32: the sums of losses and of correct answers, and the number of sequences.
     """
-    c, variables, strategy = model.config, model.trainable_variables, tf.distribute.get_strategy()
+    c, strategy = model.config, tf.distribute.get_strategy()
     devices = strategy.num_replicas_in_sync
-    require(c.batch_size % devices == 0, f"--batch-size must be a multiple of {devices} (devices)")
 
     @compiled
-    def gradients(number, rows, ids, labels):
+    def gradients(rows, ids, labels):
         real = tf.cast(rows >= 0, tf.float32)
+        seed = tf.stack([optimizer.iterations + 1, c.seed * 2**31 + rows[0]])   # of dropout
         with tf.GradientTape() as tape:
-            logits = model(ids, training=True, seed=tf.stack([number, c.seed * 2**31 + rows[0]]))
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-            loss = tf.reduce_sum(real * losses)
-        correct = tf.cast(tf.argmax(logits, 1, tf.int32) == labels, tf.float32)
-        sums = tf.stack([loss, tf.reduce_sum(real * correct), tf.reduce_sum(real)])
-        return [*tape.gradient(loss, [variable.value for variable in variables]), sums]
+            logits = model(ids, training=True, seed=seed)
+            losses = real * tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        correct = real * tf.cast(tf.argmax(logits, 1, tf.int32) == labels, tf.float32)
+        sums = tf.reduce_sum([losses, correct, real], 1)
+        return [sums, *tape.gradient(losses, model.trainable_variables)]
 
     def update(sums, *summed):
         clipped, _ = tf.clip_by_global_norm([x / sums[2] for x in summed], c.clip_norm)
         # Keras sums the gradients over the devices; here they are the same on each.
-        optimizer.apply([x / devices for x in clipped], variables)
+        optimizer.apply([x / devices for x in clipped])
 
     update = compiled(update) if devices == 1 else update
 
-    def on_device(number, *batch):
+    def on_device(*batch):
         device = tf.distribute.get_replica_context()
-        mine = [tf.gather(tf.split(x, devices), device.replica_id_in_sync_group) for x in batch]
-        shares = in_shares(lambda *share: gradients(number, *share), *mine)
-        *summed, sums = device.all_reduce("SUM", [tf.add_n(parts) for parts in zip(*shares)])
-        update(sums, *summed)
-        return sums
+        shares = in_shares(gradients, *(x[device.replica_id_in_sync_group::devices] for x in batch))
+        sums = device.all_reduce("SUM", [tf.add_n(parts) for parts in zip(*shares)])
+        update(*sums)
+        return sums[0]                                      # the same on each device
 
-    @tf.function(autograph=False)
-    def step(*arguments):
-        sums = strategy.run(on_device, arguments)
-        return strategy.experimental_local_results(sums)[0]                 # the same on each
-
-    return step
+    run = tf.function(strategy.run, autograph=False)
+    return lambda *batch: strategy.experimental_local_results(run(on_device, batch))[0]
 
 def predict_logits(model, ids, batch_size=256):
     """Logits (sequences, classes) of token ids (sequences, length), in their order."""
     if 0 < len(ids) <= 100:                                 # compiling would take 2 seconds more
         return model(ids).numpy()
     logits = np.zeros((len(ids) + 1, model.config.classes), "float32")      # the last: rows of -1
-    for rows, part, _ in batches(ids, np.zeros(len(ids), "int32"), batch_size):
-        logits[rows] = model.logits(part)
+    for rows, length in plan_batches(ids, batch_size):
+        logits[rows] = model.logits(ids[rows, :length])
     return logits[:-1]
 
 def scores(labels, predicted):
@@ -1080,124 +1046,97 @@ def print_table(title, table):
     """Print a DataFrame under a title."""
     print(f"\n{title}\n{table.to_string(index=False, float_format='{:.4g}'.format)}", flush=True)
 
-CHECKPOINT_SECONDS = 120
-
-def fit(model, train, val, path, identity):
-    """The training loop; `train`, `val`: (ids, labels). Returns a dict per epoch.
-
-    The model ends with the weights of the epoch that was best on `val`. A checkpoint is written to
-    `path` after each epoch and every CHECKPOINT_SECONDS. It holds the whole state of the training:
-    the same command resumes from it and ends with the same weights.
-    """
-    c, steps = model.config, len(batches(*train, model.config.batch_size))
-    optimizer = make_optimizer(model, steps * c.epochs)
-    step = training_step(model, optimizer)
-    variables = [*model.variables, *optimizer.variables]
-    progress = {"identity": identity, "done": 0, "sums": [0, 0, 0], "seconds": 0, "history": []}
-    best = model.get_weights()
-    if path.exists():
-        with reading(path, "--restart starts the training over"), np.load(path) as file:
-            text, *arrays = file.values()                   # `savez` puts named arrays first
-            progress, best = json.loads(str(text)), arrays[len(variables):]
-            require(progress["identity"] == identity, "written with other settings or data")
-            for variable, array in zip(variables, arrays):
-                variable.assign(array)
-            print(f"resuming from {path}, after step {progress['done']} of {steps * c.epochs}")
-
-    def checkpoint(**changes):
-        progress.update(changes)
-        arrays = [*(variable.numpy() for variable in variables), *best]
-        require(all(np.isfinite(array).all() for array in arrays), "the loss is not finite; take a "
-                "lower --learning-rate or another --seed")
-        atomic_write(path, lambda file: np.savez(file, *arrays, progress=json.dumps(progress)))
-
-    checkpoint()                                # fails at once if the folder is not writable
-    for epoch in range(progress["done"] // steps, c.epochs):
-        saved = time.perf_counter()
-        start, sums = saved - progress["seconds"], np.array(progress["sums"], "float64")
-        bar = keras.utils.Progbar(steps, verbose=int(sys.stdout.isatty()),
-                                  stateful_metrics=["loss", "accuracy"])
-        order, first = np.random.default_rng([c.seed, epoch]), progress["done"] - epoch * steps
-        for i, batch in enumerate(batches(*train, c.batch_size, order).skip(first), first + 1):
-            sums += step(tf.constant(epoch * steps + i, tf.int64), *batch).numpy()
-            loss, accuracy = sums[:2] / sums[2]
-            bar.update(i, [("loss", loss), ("accuracy", accuracy)])
-            due = time.perf_counter() - saved > CHECKPOINT_SECONDS or not math.isfinite(loss)
-            if due and i < steps:
-                saved = time.perf_counter()
-                checkpoint(done=epoch * steps + i, sums=sums.tolist(), seconds=saved - start)
-        right = predict_logits(model, val[0], c.batch_size).argmax(1) == val[1]
-        row = {"epoch": epoch + 1, "loss": loss, "accuracy": accuracy,
-               "val_accuracy": float(right.mean()), "seconds": time.perf_counter() - start}
-        print(", ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
-        progress["history"].append(row)
-        if row is max(progress["history"], key=lambda row: row["val_accuracy"]):
-            best = model.get_weights()
-        checkpoint(done=(epoch + 1) * steps, sums=[0, 0, 0], seconds=0)
-    model.set_weights(best)
-    return progress["history"]
-
 def stratified(ids, labels, limit):
-    """A stratified subset of `limit` sequences; it contains the subset of any smaller limit."""
+    """A stratified subset of `limit` sequences (0: all); it contains that of any smaller limit."""
     order = pd.Series(labels).sample(frac=1, random_state=0)
-    group = order.groupby(order)
-    depth = group.cumcount() / group.transform("size")      # how far into its own label each one is
-    kept = np.sort(depth.sort_values(kind="stable").index[:limit])
+    depth = order.groupby(order).transform(lambda x: np.arange(len(x)) / len(x))    # in its label
+    kept = np.sort(depth.sort_values(kind="stable").index[:limit or None])
     return ids[kept], labels[kept]
 
-def train_model(name, config, meta, splits, folder, restart):
-    """Train a model and write it to `folder`, unless it is there already -> its metrics, a dict."""
-    identity = {"model": name, "config": dataclasses.asdict(config), "data": meta["sha256"],
-                "vocabulary": meta["vocabulary"]}
-    path, checkpoint = folder / "metrics.json", folder / "checkpoint.npz"
-    if restart:
-        checkpoint.unlink(missing_ok=True)
-    elif path.exists() and identity.items() <= (metrics := json.loads(path.read_text())).items():
-        print(f"{name}: trained already in {folder}; --restart retrains it", flush=True)
-        return metrics
+CHECKPOINT_SECONDS = 120
+
+def train_model(name, config, meta, splits, run, restart):
+    """Train a model and write it to the folder `run` -> its metrics, a dict.
+
+    It ends with the weights of the epoch that was best on validation. A checkpoint is written after
+    the first step, every CHECKPOINT_SECONDS and after each epoch. It holds the whole state of the
+    training: the same command resumes from it and ends with the same weights, also where nothing is
+    left to train.
+    """
+    identity = {"model": name, "config": dataclasses.asdict(config), **meta}
     keras.utils.set_random_seed(config.seed)
     tf.config.experimental.enable_op_determinism()
-    model = build_model(name, config)
-    print(f"\n{name}: {model.count_params():,} parameters, seed {config.seed}, "
-          f"{len(splits['train'][0]):,} sequences to train on", flush=True)
-    history = pd.DataFrame(fit(model, splits["train"], splits["val"], checkpoint, identity))
-    ids, labels = splits["test"]
-    predicted = predict_logits(model, ids, config.batch_size).argmax(1)
-    metrics = {**identity, **scores(labels, predicted), "validation": history.val_accuracy.max(),
-               "train_sequences": len(splits["train"][0]), "parameters": model.count_params(),
-               "train_seconds": history.seconds.sum()}
-    write_csv(folder / "history.csv", history)
-    atomic_write(folder / "model.keras", model.save)
-    atomic_write(path, lambda file: file.write_text(json.dumps(metrics, indent=1)))
-    checkpoint.unlink(missing_ok=True)
+    model, ((ids, labels), val, test) = build_model(name, config), splits
+    print(f"\n{name}: {model.count_params():,} parameters, {len(ids):,} sequences", flush=True)
+    orders = (np.random.default_rng([config.seed, epoch]) for epoch in range(config.epochs))
+    plan = [batch for order in orders for batch in plan_batches(ids, config.batch_size, order)]
+    optimizer = make_optimizer(model, len(plan))
+    step = training_step(model, optimizer)
+    variables = [*model.variables, *optimizer.variables]
+    best, sums, history = model.get_weights(), np.zeros(3), []
+    path, start, saved = run / "checkpoint.npz", time.perf_counter(), -math.inf
+    if path.exists() and not restart:
+        with reading(path, "--restart starts the training over"), np.load(path) as file:
+            text, sums, *arrays = file.values()
+            found, history, seconds = json.loads(str(text))
+            require(found == identity, "written with other settings or data")
+            for variable, array in zip(variables, arrays):
+                variable.assign(array)
+        best, start = arrays[len(variables):], start - seconds
+        print(f"resuming from {path}, after step {optimizer.iterations.numpy()} of {len(plan)}")
+    done = optimizer.iterations.numpy()
+    bar = keras.utils.Progbar(len(plan), verbose=sys.stdout.isatty(), stateful_metrics=["loss"])
+    for i, batch in enumerate(load_batches(plan[done:], ids, labels), done + 1):
+        sums += step(*batch).numpy()
+        loss, accuracy = sums[:2] / sums[2]
+        require(math.isfinite(loss), "the loss is not finite; take a lower --learning-rate")
+        bar.update(i, [("loss", loss)])
+        epoch, left = divmod(i, len(plan) // config.epochs)
+        if left == 0:
+            right = predict_logits(model, val[0], config.batch_size).argmax(1) == val[1]
+            row = {"epoch": epoch, "loss": loss, "accuracy": accuracy,
+                   "val_accuracy": right.mean(), "seconds": time.perf_counter() - start}
+            print("\n" + ", ".join(f"{key} {x:.4g}" for key, x in row.items()), flush=True)
+            history.append(row)
+            if row is max(history, key=lambda row: row["val_accuracy"]):
+                best = model.get_weights()
+            sums = np.zeros(3)
+        if left == 0 or time.perf_counter() - saved > CHECKPOINT_SECONDS:
+            saved = time.perf_counter()
+            arrays = [json.dumps([identity, history, saved - start]), sums]
+            arrays += [*(variable.numpy() for variable in variables), *best]
+            atomic_write(path, lambda file: np.savez(file, *arrays))
+    model.set_weights(best)
+    predicted = predict_logits(model, test[0], config.batch_size).argmax(1)
+    metrics = {**identity, **scores(test[1], predicted),
+               "validation": max(row["val_accuracy"] for row in history),
+               "train_sequences": len(ids), "parameters": model.count_params(),
+               "train_seconds": history[-1]["seconds"]}
+    write_csv(run / "history.csv", pd.DataFrame(history))
+    atomic_write(run / "model.keras", model.save)
+    atomic_write(run / "metrics.json", lambda file: file.write_text(json.dumps(metrics, indent=1)))
     return metrics
 
-def train_models(arguments, models):
-    """Train {folder: (model, settings)} on `--data` -> (run folder, table of metrics)."""
+def train_command(arguments, models=None):
+    """Train {folder: (model, settings)}, or those asked for -> (run folder, table of metrics)."""
+    models = models or {name: (name, {}) for name in MODELS if arguments.model in (name, "all")}
     print(machine(), flush=True)
     data, meta = find_preprocessed(arguments) or preprocess(arguments)
-    now = {"tokenizer": arguments.tokenizer, "max_length": arguments.settings.get("max_length"),
-           "sha256": sha256(arguments.data) if os.path.isfile(arguments.data) else None}
-    changed = [key for key, value in now.items() if value not in (None, meta[key])]
+    asked = {"tokenizer": arguments.tokenizer, "max_length": arguments.settings.get("max_length"),
+             "sha256": os.path.isfile(arguments.data) and sha256(arguments.data)}
+    changed = [key for key, value in asked.items() if value and value != meta[key]]
     require(not changed, f"{data} has another {', '.join(changed)}; run preprocess again")
     config = Config(**{"vocab_size": meta["vocab_size"]} | DATA_DEFAULTS.get(data.name, {}) |
                     arguments.settings | {"max_length": meta["max_length"]})
-    splits = {split: read_tokenized(data / f"{split}_tokenized.csv", config)
-              for split in ("train", "val", "test")}
-    if config.limit:
-        splits["train"] = stratified(*splits["train"], config.limit)
-    run, rows = arguments.run_dir / data.name, []
-    for folder, (name, settings) in models.items():
-        row = train_model(name, dataclasses.replace(config, **settings), meta, splits,
-                          run / folder, arguments.restart)
-        rows.append({**row, "model": folder})
-    return run, pd.DataFrame(rows).drop(columns=["config", "data", "vocabulary"])
-
-def train_command(arguments):
-    """Train the models asked for, and print their metrics."""
-    names = MODELS if arguments.model == "all" else [arguments.model]
-    run, table = train_models(arguments, {name: (name, {}) for name in names})
+    splits = [read_tokenized(data / f"{split}_tokenized.csv", config)
+              for split in ("train", "val", "test")]
+    splits[0] = stratified(*splits[0], config.limit)
+    run = arguments.run_dir / data.name
+    rows = [train_model(name, dataclasses.replace(config, **settings), meta, splits, run / folder,
+                        arguments.restart) for folder, (name, settings) in models.items()]
+    table = pd.DataFrame(rows).assign(model=list(models)).drop(columns=["config", *meta])
     print_table(f"test accuracy of the models in {run}", table)
+    return run, table
 
 # ------------------------------------------------------------------- 7 Evaluation and prediction
 
@@ -1290,11 +1229,10 @@ def draw(path, title, table, **options):
 def ablate_command(arguments):
     """Train Mamba with each selection on a data set; print, keep and draw one table."""
     given = arguments.settings.get("selection")
-    run, table = train_models(arguments, {
+    run, table = train_command(arguments, {
         f"ablate/{selection}": ("mamba", {"selection": selection})
         for selection in ([given] if given else SELECTIONS)})
     title = f"Mamba by what depends on the input, {run.name}"
-    print_table(title, table)
     write_csv(run / "ablate" / "ablate.csv", table)
     draw(run / "ablate" / "ablate.png", title, table, x="model", y=["accuracy", "low", "high"],
          ylabel="test accuracy", linestyle="none", rot=15)
@@ -1334,7 +1272,7 @@ def bench_command(arguments):
             for name, model in models.items():
                 latency.append(time_call(name, batch, length, model.logits, ids))
     ids = tf.random.uniform((256, 24), 1, Config.vocab_size, tf.int32)
-    batch = tf.constant(0, tf.int64), tf.range(256, dtype=tf.int64), ids, tf.zeros(256, tf.int32)
+    batch = tf.range(256, dtype=tf.int64), ids, tf.zeros(256, tf.int32)
     for name, model in models.items():
         step = training_step(model, make_optimizer(model, 1000))
         latency.append(time_call(f"{name}, a training step", 256, 24, step, *batch))

@@ -18,7 +18,8 @@ import tensorflow as tf
 
 SCRIPT = pathlib.Path(ms.__file__)
 TINY = "--width 16 --depth 1 --max-length 10 --epochs 3 --batch-size 32"
-SMALL, FILES = {"width": 16, "vocab_size": 100}, ["history.csv", "metrics.json", "model.keras"]
+FILES = ["checkpoint.npz", "history.csv", "metrics.json", "model.keras"]
+SMALL = {"width": 16, "vocab_size": 100}
 WORDS = ["sad", "awful", "lost", "cry", "pain"], ["happy", "great", "love", "win", "sun"]
 
 @pytest.fixture(autouse=True)
@@ -533,14 +534,13 @@ def test_auto_says_why_it_takes_crowdflower_and_its_vocabulary(monkeypatch, caps
     assert "im" in ms.load_tokenizer("data/crowdflower/tokenizer").get_vocab()
 
 def test_batches_hold_every_tweet_once_cut_to_its_length():
-    lengths = np.random.default_rng(0).integers(1, 65, 50)
-    ids, seen = np.where(np.arange(64) < lengths[:, None], 7, 0), []
-    for rows, part, labels in ms.batches(ids, np.arange(50), 8, np.random.default_rng(0)):
-        real = rows >= 0
-        seen += list(rows[real].numpy())
-        np.testing.assert_array_equal(np.sum(part != 0, 1)[real], lengths[rows[real]])
-        np.testing.assert_array_equal(labels[real], rows[real])
-    assert sorted(seen) == list(range(50)) and len(part) == 8
+    lengths = np.random.default_rng(0).integers(1, 65, 10_000)
+    ids, seen, over = np.where(np.arange(64) < lengths[:, None], 7, 0), [], {18: 0, 36: 18, 64: 36}
+    for rows, length in ms.plan_batches(ids, 32, np.random.default_rng(0)):
+        real = rows[rows >= 0]
+        seen += list(real)
+        assert len(rows) == 32 and over[length] < min(lengths[real]) <= max(lengths[real]) <= length
+    assert sorted(seen) == list(range(10_000))
 
 def test_induction_heads_ask_for_the_token_after_the_first_special_one():
     ids, labels = ms.induction_heads(500, 12, seed=0)
@@ -573,40 +573,46 @@ def test_training_from_the_command_line_learns_and_writes_its_files(trained):
     assert "600 tweets read, 600 left" in said and "cores, TensorFlow" in said
     assert os.path.getsize("errors") == 0 and table.shape == (588, 11)
     for run in pathlib.Path("runs", "tweets").iterdir():
-        metrics, history = json.loads((run / FILES[1]).read_text()), pd.read_csv(run / FILES[0])
+        metrics, history = json.loads((run / FILES[2]).read_text()), pd.read_csv(run / FILES[1])
         assert metrics["n"] == 6 and metrics["accuracy"] > 0.8 and sorted(os.listdir(run)) == FILES
         assert list(history.epoch) == [1, 2, 3] and history.loss[2] < history.loss[0]
 
-def fit_tiny(path, identity=None, **settings):
-    """Train an LSTM on random sequences, with the checkpoint at `path` -> its weights."""
+def train_tiny(folder, data="", **settings):
+    """Train an LSTM on random sequences in `folder` -> its weights."""
     ids, labels = random_ids(90, 10), np.arange(90, dtype="int32") % 3
     config = ms.Config(**SMALL | {"depth": 1, "batch_size": 32, "epochs": 2} | settings)
-    keras.utils.set_random_seed(config.seed)
-    tf.config.experimental.enable_op_determinism()
-    model = ms.build_model("lstm", config)
-    ms.fit(model, (ids, labels), (ids[:20], labels[:20]), pathlib.Path(path), identity)
-    return model.get_weights()
+    splits = [(ids, labels), (ids[:20], labels[:20]), (ids[:20], labels[:20])]
+    ms.train_model("lstm", config, {"sha256": data}, splits, pathlib.Path(folder), False)
+    return keras.models.load_model(pathlib.Path(folder, "model.keras")).get_weights()
+
+def counting_step(model, optimizer, before=lambda: None):
+    """Instead of `training_step`: a step that only counts, and has nothing to compile."""
+    def step(*batch):
+        before()
+        optimizer.iterations.assign_add(1)
+        return tf.ones(3)
+    return step
 
 def test_shares_give_the_result_of_the_whole_and_a_bad_loss_none(monkeypatch):
     weights = []
     for cores in (3, 1):
         monkeypatch.setattr(ms.os, "cpu_count", lambda: cores)
-        weights.append(fit_tiny(f"{cores}.npz", dropout=0.0))
+        weights.append(train_tiny(str(cores), dropout=0.0))
     for whole, shared in zip(*weights, strict=True):
         np.testing.assert_allclose(whole, shared, atol=1e-4)
     with pytest.raises(ms.UserError, match="not finite.*--learning-rate"):
-        fit_tiny("bad.npz", learning_rate=1e9, dropout=0.0)
+        train_tiny("bad", learning_rate=1e9, dropout=0.0)
 
 def test_a_kill_before_validation_loses_no_epoch(monkeypatch, capsys):
-    monkeypatch.setattr(ms, "training_step", lambda *_: lambda *batch: tf.ones(3))
+    monkeypatch.setattr(ms, "training_step", counting_step)
     monkeypatch.setattr(ms, "CHECKPOINT_SECONDS", -1)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(ms, "predict_logits", lambda *_: 1 / 0)
-        fit_tiny("x.npz")
-    fit_tiny("x.npz")
-    assert "epoch 1, loss 1" in capsys.readouterr().out
-    with pytest.raises(ms.UserError, match="x.npz: written with other settings.*--restart"):
-        fit_tiny("x.npz", identity={"seed": 1})
+        train_tiny("x")
+    train_tiny("x")
+    assert re.search("after step 2 of 6\n+epoch 1, loss 1", capsys.readouterr().out)
+    with pytest.raises(ms.UserError, match="x/checkpoint.npz: written with other.*--restart"):
+        train_tiny("x", data="other")
 
 def test_one_seed_gives_one_result_also_where_training_is_killed_and_resumes(trained, capsys):
     code = CODE + """
@@ -629,7 +635,7 @@ for writes, wait in ((3, 0.002), (8, 0.02), (0, 0)):
     models = [keras.models.load_model(run / "model.keras").get_weights() for run in (FIRST, AGAIN)]
     for one, other in zip(*models, strict=True):
         np.testing.assert_array_equal(one, other)
-    assert main(LSTM) == 0 and "trained already" in capsys.readouterr().out
+    assert main(LSTM) == 0 and "after step 57 of 57" in capsys.readouterr().out
 
 def test_two_machines_and_two_devices_train_as_one_would_and_one_writes(trained):
     devices = """
@@ -666,11 +672,10 @@ def test_an_odd_tf_config_is_ignored_and_the_device_named(monkeypatch, capsys):
 
 def test_training_on_a_full_disk_says_so_and_resumes(trained, monkeypatch, capsys):
     steps, limits = itertools.count(1), resource.getrlimit(resource.RLIMIT_FSIZE)
-    def step(*batch):
+    def fill():
         if next(steps) == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        return tf.ones(3)
-    monkeypatch.setattr(ms, "training_step", lambda *_: step)   # it has nothing to compile
+    monkeypatch.setattr(ms, "training_step", functools.partial(counting_step, before=fill))
     monkeypatch.setattr(ms, "CHECKPOINT_SECONDS", 0)
     try:
         refuses(capsys, LSTM, "--run-dir")
@@ -749,13 +754,13 @@ def test_predict_takes_arguments_and_any_bytes_and_steers_no_terminal(trained, m
 NASTY = b"\x00", b"\xff\xfe", b'"', b",,,", b"\n\n", b"-5", b"9" * 11, b"{", b"NaN", b"x" * 200_000
 
 def test_damaged_files_give_a_result_or_are_refused_by_name(trained):
-    np.savez("state.npz", np.zeros(3), progress="{}")
+    np.savez("checkpoint.npz", "{}", np.zeros(3))
     words = save("words.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\ngood\n##s\n")
     r, predict = np.random.default_rng(0), ms.parse_arguments(["predict"])
     for name, times, read in (
             ("tweets.csv", 60, ms.read_tweets), (save("table.csv", GOOD), 60, ms.read_tweets),
             ("data/tweets/test_tokenized.csv", 60, lambda x: ms.read_tokenized(x, ms.Config())),
-            (words, 60, ms.load_tokenizer), ("state.npz", 10, fit_tiny),
+            (words, 60, ms.load_tokenizer), ("checkpoint.npz", 10, lambda x: train_tiny(x.parent)),
             ("runs/tweets/mamba/model.keras", 10, lambda _: ms.load_trained(predict))):
         path, outcomes, whole = pathlib.Path(name), set(), pathlib.Path(name).read_bytes()
         for _ in range(times):
@@ -776,7 +781,7 @@ def test_ablate_trains_each_selection_once_and_keeps_a_table_and_a_figure(monkey
     command = "ablate --data induction --max-length 8 --limit 64 --width 8 --depth 1"
     assert main(command) == 0
     assert list(pd.read_csv("runs/induction/ablate/ablate.csv").model) == ["ablate/delta+B+C"]
-    assert main(command) == 0 and capsys.readouterr().out.count("trained already") == 1
+    assert main(command) == 0 and capsys.readouterr().out.count("resuming") == 1
     shutil.move("runs/induction/ablate/delta+B+C", "runs/induction/mamba")
     assert main("evaluate --data induction --lengths 20") == 0
     assert list(pd.read_csv("runs/induction/lengths.csv")) == ["model", "20"]

@@ -194,7 +194,7 @@ changes = {"Mamba": (None, None, None),
            "without the convolution": (ms.MambaBlock, "convolve", no_convolution),
            "without dropout": (tf.nn.experimental, "stateless_dropout", lambda x, *_, **__: x)}
 ids = tf.random.stateless_uniform((256, 24), (0, 0), 1, ms.Config.vocab_size, tf.int32)
-batch = tf.constant(0, tf.int64), tf.range(256, dtype=tf.int64), ids, tf.zeros(256, tf.int32)
+batch = tf.range(256, dtype=tf.int64), ids, tf.zeros(256, tf.int32)
 calls = {}
 for name, (place, attribute, replacement) in changes.items():
     original = place and getattr(place, attribute)
@@ -308,7 +308,7 @@ for name in ms.MODELS:
     step = ms.training_step(model, ms.make_optimizer(model, 1000))
     batch = (tf.range(256, dtype=tf.int64), tf.constant(ids.numpy(), tf.int32),
              tf.constant(labels.numpy(), tf.int32))
-    steps[name] = lambda step=step, batch=batch: step(tf.constant(0, tf.int64), *batch).numpy()
+    steps[name] = lambda step=step, batch=batch: step(*batch).numpy()
 peer = MambaModel(MambaConfig(vocab_size=30522, hidden_size=64, num_hidden_layers=2, state_size=16,
                               use_mambapy=True))
 head = torch.nn.Linear(64, 3)
