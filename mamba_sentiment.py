@@ -604,9 +604,8 @@ class AttentionBlock(keras.layers.Layer):
 
 def feed_forward_block(config, dtype=None):
     """The Transformer's second half: at each position, two linear layers with GELU in between."""
-    return keras.Sequential([
-        keras.layers.Dense(config.expand * config.width, activation="gelu", dtype=dtype),
-        keras.layers.Dense(config.width, dtype=dtype)])
+    inner = keras.layers.Dense(config.expand * config.width, "gelu", dtype=dtype)
+    return keras.Sequential([inner, keras.layers.Dense(config.width, dtype=dtype)])
 
 def lstm_block(config, dtype=None):
     """The LSTM of Keras, without cuDNN, whose kernel XLA cannot compile."""
@@ -643,27 +642,24 @@ class TweetClassifier(keras.Model):
 
     def call(self, ids, training=False, seed=None):
         """`seed`: (2,) int64, the seed of dropout in training; None: a random one."""
-        if training and seed is None:
-            seed = tf.random.uniform((2,), maxval=2**31, dtype=tf.int64)
-        places = itertools.count()
-
-        def dropout(x):
+        def drop(x, place):
             if not training:
                 return x
             # Under XLA on a CPU the default random number generator is 20 times slower.
-            here = seed + tf.constant([next(places) << 40, 0], tf.int64)
+            start = tf.random.uniform((2,), maxval=2**31, dtype=tf.int64) if seed is None else seed
+            here = start + tf.constant([place << 40, 0], tf.int64)
             return tf.nn.experimental.stateless_dropout(x, self.config.dropout, here, "philox")
 
         mask = tf.not_equal(ids, 0)
-        x = dropout(self.embedding(ids))                                    # (b, l, w)
-        for norm, block in zip(self.norms, self.blocks):
-            x += dropout(block(norm(x), mask=mask if isinstance(block, AttentionBlock) else None))
+        x = drop(self.embedding(ids), 0)                                    # (b, l, w)
+        for i, (norm, block) in enumerate(zip(self.norms, self.blocks), 1):
+            x += drop(block(norm(x), mask=mask if isinstance(block, AttentionBlock) else None), i)
         x = tf.cast(self.norm(x), tf.float32)
         real = tf.cast(mask, x.dtype)[:, :, None]
         if self.config.pooling == "last":
             real *= tf.cast(tf.cumsum(real, 1, reverse=True) == 1, x.dtype)
         x = tf.reduce_sum(x * real, 1) / tf.maximum(tf.reduce_sum(real, 1), 1)  # (b, w)
-        return self.head(dropout(x))
+        return self.head(drop(x, i + 1))
 
     @tf.function(autograph=False)
     def logits(self, ids):
@@ -1005,13 +1001,12 @@ def training_step(model, optimizer):
         # Keras sums the gradients over the devices; here they are the same on each.
         optimizer.apply([x / devices for x in clipped])
 
-    update = compiled(update) if devices == 1 else update
-
     def on_device(*batch):
         device = tf.distribute.get_replica_context()
         shares = in_shares(gradients, *(x[device.replica_id_in_sync_group::devices] for x in batch))
         sums = device.all_reduce("SUM", [tf.add_n(parts) for parts in zip(*shares)])
-        update(*sums)
+        apply = compiled(update) if devices == 1 else update
+        apply(*sums)
         return sums[0]                                      # the same on each device
 
     run = tf.function(strategy.run, autograph=False)
@@ -1095,15 +1090,13 @@ def train_model(name, config, meta, splits, run, restart):
             sums = np.zeros(3)
         if left == 0 or time.perf_counter() - saved > CHECKPOINT_SECONDS:
             saved = time.perf_counter()
-            arrays = [json.dumps([identity, history, saved - start]), sums]
-            arrays += [*(variable.numpy() for variable in variables), *best]
-            atomic_write(path, lambda file: np.savez(file, *arrays))
+            text = json.dumps([identity, history, saved - start])
+            atomic_write(path, lambda file: np.savez(file, text, sums, *variables, *best))
     model.set_weights(best)
     predicted = predict_logits(model, test[0], config.batch_size).argmax(1)
-    metrics = {**identity, **scores(test[1], predicted),
-               "validation": max(row["val_accuracy"] for row in history),
-               "train_sequences": len(ids), "parameters": model.count_params(),
-               "train_seconds": history[-1]["seconds"]}
+    metrics = {**identity, **scores(test[1], predicted), "train_sequences": len(ids),
+               "parameters": model.count_params(), "train_seconds": history[-1]["seconds"],
+               "validation": max(row["val_accuracy"] for row in history)}
     write_csv(run / "history.csv", pd.DataFrame(history))
     atomic_write(run / "model.keras", model.save)
     atomic_write(run / "metrics.json", lambda file: file.write_text(json.dumps(metrics, indent=1)))
@@ -1145,10 +1138,9 @@ def load_trained(arguments):
     """(preprocessed folder, meta.json, run folder, {name: model}). UserError if one is missing."""
     require(find_preprocessed(arguments), f"--data {arguments.data} is not there; run train first")
     (data, meta), models = find_preprocessed(arguments), {}
-    run, names = arguments.run_dir / data.name, [arguments.model]
-    if arguments.model == "all":
-        names = [name for name in MODELS if (run / name / "metrics.json").exists()] or MODELS[:1]
-    for name in names:
+    run = arguments.run_dir / data.name
+    done = [name for name in MODELS if (run / name / "metrics.json").exists()]
+    for name in (done or MODELS[:1]) if arguments.model == "all" else [arguments.model]:
         path = run / name / "model.keras"
         with reading(path, f"create it with python mamba_sentiment.py train --model {name}"):
             trained = json.loads(path.with_name("metrics.json").read_text())
@@ -1184,21 +1176,17 @@ def evaluate_command(arguments):
     known = table[table.label.isin(meta["labels"])]
     print(f"{len(table):,} tweets of {path}, {len(known):,} with a label that occurs in training")
     require(len(known), f"no tweet of {path} has a label that occurs in training")
-    print_comparison(known, names)
-
-def print_comparison(table, names):
-    """Scores and confusion of each model, McNemar's test against the first, disagreements."""
-    right = table[names].eq(table.label, axis=0)
-    rows = [{"model": name, **scores(table.label, table[name]),
+    # Scores and confusion of each model, McNemar's test against the first, disagreements.
+    right = known[names].eq(known.label, axis=0)
+    rows = [{"model": name, **scores(known.label, known[name]),
              **mcnemar(right[names[0]], right[name])} for name in names]
     print_table(f"accuracy, its 95 % interval, McNemar's test with {names[0]}", pd.DataFrame(rows))
-    words = table[["label", *names]].map(LABELS.__getitem__)
+    words = known[["label", *names]].map(LABELS.__getitem__)
     for name in names:
         print(f"\n{pd.crosstab(words.label, words[name])}")
-    differ = words[words[names].nunique(axis=1) > 1]
-    shown = differ[:12].assign(text=table.text.str[:60].map(one_line))
+    differ = words.assign(text=known.text.str[:60].map(one_line))[words[names].nunique(axis=1) > 1]
     if len(names) > 1:
-        print_table(f"they disagree on {len(differ):,} of {len(words):,} tweets", shown)
+        print_table(f"they disagree on {len(differ):,} of {len(words):,} tweets", differ[:12])
 
 def predict_command(arguments):
     """Label the tweets on the command line or, if there are none, each line of standard input."""
@@ -1220,14 +1208,12 @@ def draw(path, title, table, **options):
 
 def ablate_command(arguments):
     """Train Mamba with each selection on a data set; print, keep and draw one table."""
-    given = arguments.settings.get("selection")
     run, table = train_command(arguments, {
-        f"ablate/{selection}": ("mamba", {"selection": selection})
-        for selection in ([given] if given else SELECTIONS)})
-    title = f"Mamba by what depends on the input, {run.name}"
+        f"ablate/{selection}": ("mamba", {"selection": selection}) for selection in SELECTIONS
+        if arguments.settings.get("selection", selection) == selection})
     write_csv(run / "ablate" / "ablate.csv", table)
-    draw(run / "ablate" / "ablate.png", title, table, x="model", y=["accuracy", "low", "high"],
-         ylabel="test accuracy", linestyle="none", rot=15)
+    draw(run / "ablate" / "ablate.png", f"Mamba by what depends on the input, {run.name}", table,
+         x="model", y=["accuracy", "low", "high"], ylabel="test accuracy", linestyle="none", rot=15)
 
 # ------------------------------------------------------------------------------------- 9 Timing
 
@@ -1252,34 +1238,32 @@ def scan_gradient(*inputs, method):
 
 def bench_command(arguments):
     """Time inference, training steps and the scan as they are used; write tables and figures."""
-    folder, device = arguments.run_dir / "bench", machine()
+    run, device = arguments.run_dir / "bench", machine()
     print(device, flush=True)
-    models = {name: build_model(name) for name in arguments.models}
     latency, scan = [], []
-    for length in sorted(set(arguments.lengths)):
-        for batch in sorted({1, max(1, 8192 // length)}):   # one sequence, and enough for all cores
-            ids = tf.random.uniform((batch, length), 1, Config.vocab_size, tf.int32)
-            for name, model in models.items():
+    for name in arguments.models:
+        model = build_model(name)
+        for length in arguments.lengths:
+            for batch in sorted({1, max(1, 8192 // length)}):   # one, and enough for all cores
+                ids = tf.random.uniform((batch, length), 1, Config.vocab_size, tf.int32)
                 latency.append(time_call(name, batch, length, model.logits, ids))
-    ids = tf.random.uniform((256, 24), 1, Config.vocab_size, tf.int32)
-    batch = tf.range(256, dtype=tf.int64), ids, tf.zeros(256, tf.int32)
-    for name, model in models.items():
+        ids = tf.random.uniform((256, 24), 1, Config.vocab_size, tf.int32)
         step = training_step(model, make_optimizer(model, 1000))
-        latency.append(time_call(f"{name}, a training step", 256, 24, step, *batch))
-    for length, method in itertools.product(sorted({16, *arguments.lengths}), METHODS):
+        inputs = tf.range(256, dtype=tf.int64), ids, tf.zeros(256, tf.int32)
+        latency.append(time_call(f"{name}, a training step", 256, 24, step, *inputs))
+    for length, method in itertools.product([16, *arguments.lengths], METHODS):
         inputs = scan_inputs(max(1, 4096 // length), length)
         for name, function in (("forward", selective_scan), ("with gradient", scan_gradient)):
             call = tf.function(functools.partial(function, method=method), autograph=False)
             scan.append(time_call(f"{method}, {name}", len(inputs[0]), length, call, *inputs))
-    one = [row for row in latency if row["batch"] == 1]
-    for file, title, rows, drawn in (("latency", "inference of one sequence", latency, one),
-                                     ("scan", "scan of 4,096 tokens, d 128, n 16", scan, scan)):
+    for name, title, rows, drawn in (
+            ("latency", "inference of one sequence", latency, "batch == 1"),
+            ("scan", "scan of 4,096 tokens, d 128, n 16", scan, "batch > 0")):
         table = pd.DataFrame(rows)
-        print_table(f"{file}, milliseconds", table)
-        write_csv(folder / f"{file}.csv", table.assign(device=device))
-        chart = pd.DataFrame(drawn).pivot(index="length", columns="model", values="milliseconds")
-        draw(folder / f"{file}.png", f"{title}\n{device}", chart, loglog=True,
-             ylabel="milliseconds")
+        print_table(f"{name}, milliseconds", table)
+        write_csv(run / f"{name}.csv", table.assign(device=device))
+        chart = table.query(drawn).pivot_table("milliseconds", "length", "model")
+        draw(run / f"{name}.png", f"{title}\n{device}", chart, loglog=True, ylabel="milliseconds")
 
 def main(arguments):
     """Run one command -> exit status: 0 done, 2 an error the user can fix."""
