@@ -4,7 +4,7 @@
 #     results/reproduce.sh SECTION ...        in the environment that README.md sets up
 #
 # Sections, with about how long they take on 2 cores: search (1 h), main (3 h), size (20 min),
-# selection (3 h), induction (2 h), crowdflower (5 min), fasttext (3 min), bench (3 min), profile
+# selection (3 h), induction (2 h), crowdflower (5 min), fasttext (3 min), bench (4 min), profile
 # (2 min), peers (10 min). A section that was interrupted resumes; what is trained is not trained
 # again.
 #
