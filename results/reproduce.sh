@@ -9,7 +9,8 @@
 # again.
 #
 # data/ must hold training.1600000.processed.noemoticon.csv (or .xz), the vocab.txt of
-# bert-base-uncased and testdata.manual.2009.06.14.csv; the first two are downloaded if missing.
+# bert-base-uncased as bert-vocab.txt, and testdata.manual.2009.06.14.csv; the first two are
+# downloaded if missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p runs
