@@ -228,7 +228,7 @@ peers() {                                   # what else can be installed, and ou
     python -m venv .peers
     .peers/bin/pip install -q -r requirements.txt torch==2.13.0 mambapy
     .peers/bin/python - <<'END' | tee results/peers.txt
-import importlib.metadata, os, time
+import importlib.metadata, itertools, time
 import mamba_sentiment as ms
 import numpy as np, pandas as pd, tensorflow as tf, torch
 from mambapy.pscan import pscan
@@ -272,7 +272,8 @@ def torch_gradient(scan, leaves):
     return torch.autograd.grad(scan(*leaves).square().sum(), leaves)
 
 rows = []
-for batch, length in ((256, 16), (64, 64), (16, 256), (4, 1024), (1, 4096)):
+shapes = (256, 16), (64, 64), (16, 256), (4, 1024), (1, 4096)
+for run, (batch, length) in itertools.product((1, 2, 3), shapes):
     inputs = ms.scan_inputs(batch, length)
     leaves = [torch.tensor(x.numpy(), requires_grad=True) for x in inputs]
     plain = [x.detach() for x in leaves]
@@ -295,10 +296,11 @@ for batch, length in ((256, 16), (64, 64), (16, 256), (4, 1024), (1, 4096)):
         rows.append({"batch": batch, "length": length, "pass": name, **found,
                      "mambapy / ours": found["mambapy"] / found["ours"],
                      "mambapy / ours eager": found["mambapy"] / found["ours eager"],
-                     "loop / ours": found.get("loop", np.nan) / found["ours"]})
+                     "loop / ours": found.get("loop", np.nan) / found["ours"], "run": run})
 table = pd.DataFrame(rows)
 table.round(2).to_csv("results/peers.csv", index=False)
 print(table.to_string(index=False, float_format="{:.2f}".format))
+print(table.groupby(["batch", "length", "pass"], sort=False).median().drop(columns="run").round(2))
 
 ids = torch.randint(1, 30000, (256, 24))
 labels = torch.randint(0, 3, (256,))
