@@ -300,7 +300,8 @@ for run, (batch, length) in itertools.product((1, 2, 3), shapes):
 table = pd.DataFrame(rows)
 table.round(2).to_csv("results/peers.csv", index=False)
 print(table.to_string(index=False, float_format="{:.2f}".format))
-print(table.groupby(["batch", "length", "pass"], sort=False).median().drop(columns="run").round(2))
+medians_of_runs = table.groupby(["batch", "length", "pass"], sort=False).median()
+print(medians_of_runs.drop(columns="run").round(2).to_string())
 
 ids = torch.randint(1, 30000, (256, 24))
 labels = torch.randint(0, 3, (256,))
