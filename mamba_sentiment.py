@@ -975,10 +975,10 @@ def training_step(model, optimizer):
         device = tf.distribute.get_replica_context()
         shares = in_shares(gradients, *(x[device.replica_id_in_sync_group::devices] for x in batch))
         sums = device.all_reduce("SUM", [tf.add_n(parts) for parts in zip(*shares)])
-        apply = compiled(update) if devices == 1 else update
         apply(*sums)
         return sums[0]                                      # the same on each device
 
+    apply = compiled(update) if devices == 1 else update
     run = tf.function(strategy.run, autograph=False)
     return lambda *batch: strategy.experimental_local_results(run(on_device, batch))[0]
 
@@ -1106,9 +1106,9 @@ def mcnemar(first, second):
 
 def load_trained(arguments):
     """(preprocessed folder, run folder, {name: model}). UserError if one is missing."""
-    require(find_preprocessed(arguments), f"--data {arguments.data} is not there; run train first")
-    (data, meta), models = find_preprocessed(arguments), {}
-    run = arguments.run_dir / data.name
+    data, meta = find_preprocessed(arguments) or (None, None)
+    require(data, f"--data {arguments.data} is not there; run train first")
+    run, models = arguments.run_dir / data.name, {}
     done = [name for name in MODELS if (run / name / "metrics.json").exists()]
     for name in (done or MODELS[:1]) if arguments.model == "all" else [arguments.model]:
         path = run / name / "model.keras"
@@ -1215,7 +1215,7 @@ def bench_command(arguments):
         step = training_step(model, make_optimizer(model, 1000))
         inputs = tf.range(256, dtype=tf.int64), ids, tf.zeros(256, tf.int32)
         latency.append(time_call(f"{name}, a training step", 256, 24, step, *inputs))
-    for length, method in itertools.product({16, *arguments.lengths}, METHODS):
+    for length, method in itertools.product(sorted({16, *arguments.lengths}), METHODS):
         inputs = scan_inputs(max(1, 4096 // length), length)
         for name, function in (("forward", selective_scan), ("with gradient", scan_gradient)):
             call = tf.function(functools.partial(function, method=method), autograph=False)
