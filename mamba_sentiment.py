@@ -47,7 +47,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import timeit
 import unicodedata
 import zipfile
@@ -60,13 +59,18 @@ MODELS = ("mamba", "ssm", "transformer", "lstm")
 SELECTIONS = ("none", "delta", "B", "C", "B+C", "delta+B+C")    # those that `ablate` compares
 
 def setting(default, help, low=0, high=2**31 - 1, choices=None):
-    """A field of `Config` with its meaning and its allowed values."""
-    metadata = {"help": f"{help} (default: {default})", "choices": choices, "range": (low, high)}
+    """A field of `Config`; its metadata: how `argparse` reads and checks it."""
+    def number(text):
+        if not low <= (value := type(default)(text)) <= high:
+            raise argparse.ArgumentTypeError(f"must be in [{low}, {high}], not {text}")
+        return value
+    metadata = {"help": f"{help} (default: {default})", "choices": choices,
+                "type": str if choices else number, "default": argparse.SUPPRESS}
     return dataclasses.field(default=default, metadata=metadata)
 
 @dataclasses.dataclass
 class Config:
-    """Every hyperparameter. Raises ValueError for a value that is not allowed."""
+    """Every hyperparameter. The command line allows only values of which a model can be made."""
     width: int = setting(64, "width of the embedding and the residual stream", 1)
     depth: int = setting(2, "number of layers", 1)
     state: int = setting(16, "state variables per channel (mamba, ssm)", 1)
@@ -88,15 +92,6 @@ class Config:
     limit: int = setting(0, "train on a stratified subset of this many sequences; 0: all", 0)
     precision: str = setting("float32", "dtype policy", choices=("float32", "mixed_bfloat16"))
     seed: int = setting(0, "random seed of weights, batch order and dropout", 0)
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), field.metadata["choices"]
-            low, high = field.metadata["range"]
-            if not (value in choices if choices else low <= value <= high):
-                raise ValueError(f"{field.name} must be in {choices or [low, high]}, not {value!r}")
-        if self.width % self.heads:
-            raise ValueError(f"heads must be a divisor of width {self.width}, not {self.heads}")
 
 # Defaults that differ for a data set. A flag on the command line overrides them.
 DATA_DEFAULTS = {
@@ -123,8 +118,7 @@ def parse_arguments(argv=None):
             add("--restart", action="store_true", help="retrain from scratch")
         for field in dataclasses.fields(Config):
             if name in ("train", "ablate") or (name, field.name) == ("preprocess", "max_length"):
-                add(f"--{field.name.replace('_', '-')}", type=field.type, default=argparse.SUPPRESS,
-                    choices=field.metadata["choices"], help=field.metadata["help"])
+                add(f"--{field.name.replace('_', '-')}", **field.metadata)
     _, train, evaluate, predict, _, bench = commands.choices.values()
     train.add_argument("--model", choices=(*MODELS, "all"), required=True)
     evaluate.add_argument("--model", choices=(*MODELS, "all"), default="all")
@@ -136,10 +130,9 @@ def parse_arguments(argv=None):
     bench.add_argument("--lengths", type=int, nargs="+", metavar="N", default=[64, 256, 1024, 4096])
     arguments = parser.parse_args(argv)
     arguments.settings = {name: x for name, x in vars(arguments).items() if hasattr(Config, name)}
-    try:
-        Config(**arguments.settings)
-    except ValueError as error:
-        parser.error(str(error))
+    config = Config(**arguments.settings)
+    if config.width % config.heads:
+        parser.error(f"--heads must be a divisor of the width {config.width}")
     if min(getattr(arguments, "lengths", None) or [4]) < 4:
         parser.error("--lengths must be at least 4")
     return arguments
@@ -200,7 +193,6 @@ def sequential_scan(u, delta, A, B, C, D, h):
     def step(h, inputs):
         u, delta, B = inputs                                                # (b, d), (b, d), (b, n)
         return tf.exp(delta[..., None] * A) * h + (delta * u)[..., None] * B[:, None, :]
-
     inputs = [tf.transpose(x, (1, 0, 2)) for x in (u, delta, B)]            # time first
     hs = tf.scan(step, inputs, h)                                           # (l, b, d, n)
     return tf.einsum("lbdn,bln->bld", hs, C) + D * u, hs[-1]
@@ -209,41 +201,63 @@ def sequential_scan(u, delta, A, B, C, D, h):
 # data of u, go through memory at each step, and again for the gradient. The fast methods work on
 # chunks of up to CHUNK steps. The states of a chunk, laid out (n, d), stay in the cache; only y
 # leaves it. The gradient needs the states again. As in the paper's section 3.3.2, they are not
-# stored but recomputed; only the state before each chunk is stored.
+# stored but recomputed; only the state before each chunk is stored. All chunks use the same memory,
+# because XLA fills new memory with zeros, which took a fifth of the time of a gradient.
 CHUNK = 16
 # Compiles a function with XLA, TensorFlow's compiler. Called by another, it is compiled into it.
 compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
 
-def scan_steps(body, state, arrays, like, reverse=False):
+def scan_steps(body, state, arrays, into, reverse=False):
     """`for t in range(steps): state, outputs[t] = body(state, *(x[t] for x in arrays))`.
 
-    Returns (*outputs, state). The loop is not unrolled. `like`: tensors shaped as body's outputs.
+    Returns (*outputs, state). The loop is not unrolled. `into`: for each output a tensor of its
+    shape and dtype; the output takes its memory, unless the tensor is needed afterwards.
     """
     def step(i, state, outputs):
         t = steps - 1 - i if reverse else i
         state, new = body(state, *(x[t] for x in arrays))
         return i + 1, state, [array.write(t, x) for array, x in zip(outputs, new)]
-
     steps = keras.ops.shape(arrays[0])[0]
-    outputs = [tf.TensorArray(x.dtype, steps, element_shape=x.shape) for x in like]
+    outputs = [tf.TensorArray(x.dtype, steps).unstack(x) for x in into]
     _, state, outputs = tf.while_loop(lambda i, *_: i < steps, step, (0, state, outputs))
     return *(array.stack() for array in outputs), state
 
-def scan_chunk(A, u, delta, B, C, h):
-    """The recurrence over a chunk: A (n, d), u, delta (k, ..., d), B, C (k, ..., n), h (..., n, d).
+def decays(delta, A, memory):
+    """exp(delta A) for each step of a chunk: delta (k, ..., d), A (n, d) -> (k, ..., n, d).
 
-    Returns y (k, ..., d) without D u, and the last h. "...": (b, chunks) in parallel, or nothing.
+    Up to half of the time of a scan is its exponentials. In float32 they are computed in about half
+    of the operations that XLA takes: exp(x) = 2^z = 2^i 2^(z - i), where i is z rounded. The second
+    factor is a polynomial (relative error 1e-7); i is added to the exponent in its bits.
     """
-    def step(h, u, delta, B, C):
-        h = tf.exp(delta[..., None, :] * A) * h + (delta * u)[..., None, :] * B[..., None]
+    def decay(_, delta):
+        z = tf.clip_by_value(delta[..., None, :] * scaled, -127.0, 128.0)   # up to 0 and infinity
+        power = tf.math.polyval([0.00132647271, 0.00967151286, 0.0555073375, 0.240222421,
+                                 0.693146978, 1.0], z - tf.round(z))        # highest power first
+        # In z + 1.5 * 2^23 the lowest bits are i. The exponent starts at the 23rd bit.
+        i = tf.bitcast(z + 1.5 * 2**23, tf.int32)
+        bits = tf.bitcast(power, tf.int32) + tf.bitwise.left_shift(i, 23)
+        return 0, [tf.bitcast(bits, tf.float32)]
+    if A.dtype == tf.float64:
+        return tf.exp(delta[..., None, :] * A)
+    scaled = A / math.log(2)
+    return scan_steps(decay, 0, [delta], [memory])[0]       # XLA would split a larger array
+
+def scan_chunk(a, v, B, C, h, decay=tf.identity):
+    """The recurrence over a chunk: a, v = delta u (k, ..., d), B, C (k, ..., n), h (..., n, d).
+
+    decay(a[t]) is exp(delta[t] A), (..., n, d). Returns y (k, ..., d) without D u, and the last h.
+    "...": (b, chunks) in parallel, or nothing.
+    """
+    def step(h, a, v, B, C):
+        h = decay(a) * h + v[..., None, :] * B[..., None]
         return h, [tf.reduce_sum(C[..., None] * h, -2)]
+    return scan_steps(step, h, (a, v, B, C), [v])
 
-    return scan_steps(step, h, (u, delta, B, C), like=[u[0]])
-
-def scan_chunk_gradient(A, u, delta, B, C, h, dy, g):
+def scan_chunk_gradient(A, u, delta, B, C, h, dy, g, memory):
     """The gradient of `scan_chunk`; dy (k, ..., d), g (..., n, d): those of y and of the last h.
 
-    Returns the gradients of A (..., n, d; summed over "..." by the caller), u, delta, B, C and h.
+    Returns the gradients of A (..., n, d; summed over "..." by the caller), [u, delta, B, C] and h.
+    The three arrays of `memory`, (k, ..., n, d), are overwritten and returned.
     With a[t] = exp(delta[t] A), kept[t] = a[t] h[t-1] and g[t] the gradient of h[t]:
 
         g[t]      = C[t] dy[t] + a[t+1] g[t+1]                   backwards, from that of the last h
@@ -257,20 +271,18 @@ def scan_chunk_gradient(A, u, delta, B, C, h, dy, g):
     def forward(h, a, v, B):
         kept = a * h
         return kept + v[..., None, :] * B[..., None], [kept]
-
     def backward(g, a, C, dy):
         g += C[..., None] * dy[..., None, :]
         return a * g, [g]
-
-    a, v = tf.exp(delta[..., None, :] * A), delta * u
-    kept, _ = scan_steps(forward, h, (a, v, B), like=[h])                   # (k, ..., n, d)
-    g, dh = scan_steps(backward, g, (a, C, dy), like=[g], reverse=True)     # (k, ..., n, d)
+    a, v = decays(delta, A, memory[0]), delta * u
+    kept, _ = scan_steps(forward, h, (a, v, B), [memory[1]])                # (k, ..., n, d)
+    g, dh = scan_steps(backward, g, (a, C, dy), [memory[2]], reverse=True)  # (k, ..., n, d)
     gB = tf.reduce_sum(g * B[..., None], -2)
     dA = tf.reduce_sum(g * kept * delta[..., None, :], 0)
     ddelta = u * gB + tf.reduce_sum(g * kept * A, -2)
     dB = tf.linalg.matvec(g, v)
     dC = tf.linalg.matvec(kept, dy) + B * tf.reduce_sum(v * dy, -1, keepdims=True)  # h = kept + B v
-    return dA, delta * gB, ddelta, dB, dC, dh
+    return dA, [delta * gB, ddelta, dB, dC], dh, (a, kept, g)
 
 @compiled
 def fused_scan(A, u, delta, B, C, h):
@@ -279,31 +291,33 @@ def fused_scan(A, u, delta, B, C, h):
     A (n, d), u, delta (b, chunks, k, d), B, C (b, chunks, k, n), h (b, n, d) -> y without D u, the
     state before each chunk (b, chunks, n, d), and the last h.
     """
-    def chunk(h, *arrays):
-        y, last = scan_chunk(A, *arrays, h)
-        return last, [y, h]
-
-    def sequence(inputs):
-        *arrays, h = inputs
-        return scan_steps(chunk, h, arrays, like=[arrays[0][0], h])
-
-    return tf.map_fn(sequence, (u, delta, B, C, h), fn_output_signature=(u.dtype,) * 3)
+    def chunk(state, u, delta, B, C):
+        h, memory = state
+        memory = decays(delta, A, memory)
+        y, last = scan_chunk(memory, delta * u, B, C, h)
+        return (last, memory), [y, h]
+    def sequence(memory, u, delta, B, C, starts, h):
+        y, starts, (h, memory) = scan_steps(chunk, (h, memory), (u, delta, B, C), [u, starts])
+        return memory, [y, starts, h]
+    memory = tf.zeros_like(delta[0, 0, :, None] * A)                        # (k, n, d)
+    starts = tf.zeros_like(delta[:, :, :1] * A)                             # (b, chunks, n, d)
+    return scan_steps(sequence, memory, (u, delta, B, C, starts, h), [u, starts, h])[:3]
 
 @compiled
 def fused_gradient(A, u, delta, B, C, h, starts, dy, dlast):
-    """The gradients of A (b, n, d; the caller sums over b), u, delta, B, C, h = starts[:, 0]."""
+    """The gradients of A (1, n, d; the caller sums), u, delta, B, C and h = starts[:, 0]."""
     def chunk(state, *arrays):
-        dA, *gradients, g = scan_chunk_gradient(A, *arrays, state[1])
-        return (state[0] + dA, g), gradients
-
-    def sequence(inputs):
-        *arrays, g = inputs
-        like = [x[0] for x in arrays[:4]]
-        *gradients, (dA, dh) = scan_steps(chunk, (0 * A, g), arrays, like, reverse=True)
-        return [dA, *gradients, dh]
-
-    return tf.map_fn(sequence, (u, delta, B, C, starts, dy, dlast),
-                     fn_output_signature=[u.dtype] * 6)
+        dA, g, memory = state
+        more, gradients, g, memory = scan_chunk_gradient(A, *arrays, g, memory)
+        return (dA + more, g, memory), gradients
+    def sequence(state, u, delta, B, C, starts, dy, g):
+        *gradients, (dA, g, memory) = scan_steps(
+            chunk, (state[0], g, state[1]), (u, delta, B, C, starts, dy), [u, delta, B, C], True)
+        return (dA, memory), [*gradients, g]
+    memory = 3 * (tf.zeros_like(delta[0, 0, :, None] * A),)                 # (k, n, d) each
+    arrays = u, delta, B, C, starts, dy, dlast
+    *gradients, (dA, _) = scan_steps(sequence, (0 * A, memory), arrays, [u, delta, B, C, h])
+    return dA[None], *gradients
 
 # On a GPU each step of a loop launches a kernel, and there are l steps. Instead, treat each chunk
 # as a separate sequence that starts from h = 0, and run all chunks at once: CHUNK steps instead
@@ -325,7 +339,6 @@ def carry(total, h, A):
         there = (tf.range(chunks) >= span)[:, None, None]
         before = [tf.where(there, tf.roll(x, span, 1), 0) for x in (total, h)]  # x[c - span], or 0
         return 2 * span, total + before[0], h + tf.exp(A * total) * before[1]
-
     chunks = keras.ops.shape(h)[1]
     total = tf.pad(total, ((0, 0), (1, 0), (0, 0), (0, 0)))
     return tf.while_loop(lambda span, *_: span < chunks, double, (1, total, h))[2]
@@ -335,7 +348,8 @@ def parallel_scan(A, u, delta, B, C, h):
     """All chunks at once; same arguments and results as `fused_scan`."""
     u, delta, B, C = (tf.transpose(x, (2, 0, 1, 3)) for x in (u, delta, B, C))      # (k, b, ...)
     S = tf.cumsum(delta, 0)[..., None, :]                                   # (k, b, chunks, 1, d)
-    y, local = scan_chunk(A, u, delta, B, C, tf.zeros_like(S[-1] * A))      # each chunk from zero
+    zeros, decay = tf.zeros_like(S[-1] * A), lambda delta: tf.exp(delta[..., None, :] * A)
+    y, local = scan_chunk(delta, delta * u, B, C, zeros, decay)             # each chunk from zero
     ends = carry(S[-1], tf.concat([h[:, None], local], 1), A)               # (b, chunks + 1, n, d)
     y += tf.reduce_sum(C[..., None] * tf.exp(S * A) * ends[:, :-1], -2)     # fused: not stored
     return tf.transpose(y, (1, 2, 0, 3)), ends[:, :-1], ends[:, -1]
@@ -350,7 +364,8 @@ def parallel_gradient(A, u, delta, B, C, h, starts, dy, dlast):
     local = tf.reduce_sum(C[..., None] * tf.exp(S * A) * dy[..., None, :], 0)
     local = tf.concat([local, dlast[:, None]], 1)
     g = tf.reverse(carry(tf.reverse(S[-1], [1]), tf.reverse(local, [1]), A), [1])
-    dA, *gradients, _ = scan_chunk_gradient(A, u, delta, B, C, starts, dy, g[:, 1:])
+    memory = 3 * (tf.zeros_like(delta[..., None, :] * A),)                  # (k, b, chunks, n, d)
+    dA, gradients, _, _ = scan_chunk_gradient(A, u, delta, B, C, starts, dy, g[:, 1:], memory)
     return tf.reduce_sum(dA, 1), *(tf.transpose(x, (1, 2, 0, 3)) for x in gradients), g[:, 0]
 
 def fast_method():
@@ -358,16 +373,13 @@ def fast_method():
     return "parallel" if tf.config.list_physical_devices("GPU") else "fused"
 
 def in_shares(function, *arrays, share=True):
-    """[function(*share)] for shares of a batch (axis 0): one per core, at most 8; on a GPU one.
-
-    XLA runs a loop over time on one core. Calls in a plain `tf.function` run in parallel.
+    """[function(*share)] for shares of a batch (axis 0): one per core, at most 8; on a GPU one. XLA
+    runs a loop over time on one core; several calls in a plain `tf.function` run in parallel.
     """
     batch = arrays[0].shape[0]
-    shares = min(8, os.cpu_count(), batch or 1) if share else 1
-    if shares == 1 or fast_method() == "parallel":
-        return [function(*arrays)]
-    sizes = [batch * (i + 1) // shares - batch * i // shares for i in range(shares)]
-    return [function(*share) for share in zip(*(tf.split(x, sizes) for x in arrays))]
+    shares = min(8, os.cpu_count(), batch or 1) if share and fast_method() == "fused" else 1
+    cuts = [0, *(batch * i // shares for i in range(1, shares)), None]
+    return [function(*(x[i:j] for x in arrays)) for i, j in itertools.pairwise(cuts)]
 
 # Eager calls run this as a `tf.function`. Inside another `tf.function` it has to be inlined: XLA
 # would treat what an inner function passes to its gradient as constants, and compile per input.
@@ -457,8 +469,6 @@ def linear_init(shrink=1.0):
 class MambaBlock(keras.layers.Layer):
     """The Mamba block (the paper's figure 3 and section 3.4): (b, l, w) -> (b, l, w).
 
-                           (b, l, w)
-                               |
                             in_proj
                  +-------------+-------------+
              (b, l, d)                   (b, l, d)
@@ -477,8 +487,6 @@ class MambaBlock(keras.layers.Layer):
              (b, l, d) ---------- * ---------+
                                   |
                               out_proj
-                                  |
-                              (b, l, w)
 
     config: a `Config`, or a dict of settings, with which Keras can save a model with this layer.
     To load one, pass custom_objects={"MambaBlock": MambaBlock}.
@@ -521,14 +529,12 @@ class MambaBlock(keras.layers.Layer):
     def call(self, x, mask=None):
         u, gate = tf.split(tf.tensordot(x, self.in_proj, 1), 2, -1)         # (b, l, d) each
         real = 1 if mask is None else tf.cast(mask, u.dtype)[:, :, None]
-        u = real * tf.nn.silu(self.convolve(real * u))
-        return tf.tensordot(self.ssm(u) * tf.nn.silu(gate), self.out_proj, 1)
-
-    def convolve(self, u):
-        """Causal, depthwise, u (b, l, d): bias + sum_i kernel[i] u[t - (taps - 1) + i]."""
+        # The convolution, causal and depthwise: bias + sum_i kernel[i] u[t - (taps - 1) + i].
         taps, length = self.config.kernel, keras.ops.shape(u)[1]
-        u = tf.pad(u, ((0, 0), (taps - 1, 0), (0, 0)))
-        return self.conv_bias + sum(self.conv_kernel[i] * u[:, i:i + length] for i in range(taps))
+        u = tf.pad(real * u, ((0, 0), (taps - 1, 0), (0, 0)))
+        u = self.conv_bias + sum(self.conv_kernel[i] * u[:, i:i + length] for i in range(taps))
+        u = real * tf.nn.silu(u)
+        return tf.tensordot(self.ssm(u) * tf.nn.silu(gate), self.out_proj, 1)
 
     def ssm(self, u):
         """Selection (algorithm 2): delta, B, C from u (b, l, d), then the scan -> y (b, l, d)."""
@@ -703,9 +709,8 @@ def sha256(path):
     return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
 def atomic_write(path, write, **options):
-    """`write(temporary path, **options)`, then rename it to `path`.
-
-    The file is there whole or not at all. Of several machines, only one writes.
+    """`write(temporary path, **options)`, then rename it to `path`, which is there whole or not at
+    all. Of several machines, only one writes.
     """
     partial = path.with_name(f".{path.name}")
     if tf.distribute.get_strategy().extended.should_checkpoint:
@@ -793,9 +798,8 @@ def clean_and_split(tweets):
     return {name: tweets[part == name].reset_index(drop=True) for name in ("train", "val", "test")}
 
 def load_tokenizer(spec, data_dir=None, training_texts=()):
-    """A BERT tokenizer; `spec`: bert-base-uncased, train, a folder, a vocab.txt; else UserError.
-
-    train: with a WordPiece vocabulary of the training texts; the same texts give the same.
+    """A BERT tokenizer; `spec`: bert-base-uncased, a folder, a vocab.txt, or train (a WordPiece
+    vocabulary of the training texts; the same texts give the same); else UserError.
     """
     if spec == "bert-base-uncased":
         spec = try_download(spec, data_dir, "a vocabulary of the training tweets") or "train"
@@ -948,9 +952,8 @@ def all_devices():
     return tf.distribute.MirroredStrategy() if devices[1:] else tf.distribute.get_strategy()
 
 def training_step(model, optimizer):
-    """-> step(rows, ids, labels) for a batch, on all cores and devices of the current strategy.
-
-    Returns (3,) float32: the sums of losses and of correct answers, and the number of sequences.
+    """-> step(rows, ids, labels) for a batch, on all cores and devices of the current strategy; it
+    returns (3,) float32: the sums of losses and of correct answers, and the number of sequences.
     """
     c, strategy = model.config, tf.distribute.get_strategy()
     devices = strategy.num_replicas_in_sync
@@ -1015,10 +1018,9 @@ def stratified(ids, labels, limit):
 def train_model(name, config, meta, splits, run, restart):
     """Train a model and write it to the folder `run` -> its metrics, a dict.
 
-    It ends with the weights of the epoch that was best on validation. A checkpoint is written after
-    the first step, every CHECKPOINT_SECONDS and after each epoch. It holds the whole state of the
-    training: the same command resumes from it and ends with the same weights, also where nothing is
-    left to train.
+    It ends with the weights of the epoch that was best on validation. A checkpoint, written after
+    the first step, every CHECKPOINT_SECONDS and after each epoch, holds the whole state: the same
+    command resumes from it and ends with the same weights, also where nothing is left to train.
     """
     identity = {"model": name, "config": dataclasses.asdict(config), **meta}
     keras.utils.set_random_seed(config.seed)
@@ -1032,7 +1034,7 @@ def train_model(name, config, meta, splits, run, restart):
     step = training_step(model, optimizer)
     variables = [*model.variables, *optimizer.variables]
     best, sums, history = model.get_weights(), np.zeros(3), []
-    path, start, saved = run / "checkpoint.npz", time.perf_counter(), -math.inf
+    path, start, saved = run / "checkpoint.npz", timeit.default_timer(), -math.inf
     if path.exists() and not restart:
         with reading(path, "--restart starts the training over"), np.load(path) as file:
             text, sums, *arrays = file.values()
@@ -1053,14 +1055,14 @@ def train_model(name, config, meta, splits, run, restart):
         if left == 0:
             right = predict_logits(model, val[0], config.batch_size).argmax(1) == val[1]
             row = {"epoch": epoch, "loss": loss, "accuracy": accuracy,
-                   "val_accuracy": right.mean(), "seconds": time.perf_counter() - start}
+                   "val_accuracy": right.mean(), "seconds": timeit.default_timer() - start}
             print("\n" + ", ".join(f"{key} {x:.4g}" for key, x in row.items()), flush=True)
             history.append(row)
             if row is max(history, key=lambda row: row["val_accuracy"]):
                 best = model.get_weights()
             sums = np.zeros(3)
-        if left == 0 or time.perf_counter() - saved > CHECKPOINT_SECONDS:
-            saved = time.perf_counter()
+        if left == 0 or timeit.default_timer() - saved > CHECKPOINT_SECONDS:
+            saved = timeit.default_timer()
             text = json.dumps([identity, history, saved - start])
             atomic_write(path, lambda file: np.savez(file, text, sums, *variables, *best))
     model.set_weights(best)
@@ -1096,9 +1098,8 @@ def train_command(arguments, models=None):
 
 # ------------------------------------------------------------------- 7 Evaluation and prediction
 def mcnemar(first, second):
-    """Correctness of two models on the same tweets -> how often only one is right, and p.
-
-    p: exact probability of a split at least as uneven for equally good models (McNemar 1947).
+    """Correctness of two models on the same tweets -> how often only one is right, and p: the exact
+    probability of a split at least as uneven for equally good models (McNemar 1947).
     """
     one, other = int(np.sum(first & ~second)), int(np.sum(second & ~first))
     tail = sum(math.comb(one + other, k) for k in range(min(one, other) + 1))
@@ -1131,14 +1132,14 @@ def evaluate_command(arguments):
             table.loc[name, length] = right.mean()
         print_table("accuracy on induction heads by length", table)
         return atomic_write(run / "lengths.csv", table.to_csv, index=False)
-    path, config = arguments.test or data / "test_tokenized.csv", models[names[0]].config
-    tokenizer = load_tokenizer(data / "tokenizer")
-    if re.fullmatch(rb"0[\d,]*,label\s*", path.read_bytes().partition(b"\n")[0]):
-        ids, labels = read_tokenized(path, config)
-        table = pd.DataFrame({"label": labels, "text": tokenizer.decode_batch(ids.tolist())})
-    else:
+    config, tokenizer = models[names[0]].config, load_tokenizer(data / "tokenizer")
+    path = arguments.test or data / "test_tokenized.csv"
+    if arguments.test:
         table = read_tweets(path)
         ids = tokenize(tokenizer, table.text.map(clean_tweet).tolist(), config.max_length)
+    else:
+        ids, labels = read_tokenized(path, config)
+        table = pd.DataFrame({"label": labels, "text": tokenizer.decode_batch(ids.tolist())})
     for name, model in models.items():
         table[name] = predict_logits(model, ids).argmax(1)
     known = table[table.label.isin(pd.read_csv(data / "val_tokenized.csv").label)]
@@ -1169,8 +1170,7 @@ def predict_command(arguments):
 def draw(path, title, table, **options):
     """Plot a DataFrame, a line per column against its index, as PNG."""
     axes = table.plot(title=title, marker="o", grid=True, figsize=(9, 7), **options)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))    # outside
-    atomic_write(path, axes.figure.savefig, format="png", bbox_inches="tight")
+    atomic_write(path, axes.figure.savefig, format="png")
 
 def ablate_command(arguments):
     """Train Mamba with each selection on a data set; print, keep and draw one table."""

@@ -97,7 +97,7 @@ def test_help_and_mistakes_answer_before_tensorflow_is_loaded_in_one_line():
 @pytest.mark.parametrize("arguments, words", [
     ("train --model gru", "transformer"), ("train", "--model"), ("ablate --width x", "--width"),
     ("ablate --width 30", "heads"), ("bench --lengths 0", "--lengths"), ("ablate --limit -5", "-5"),
-    ("ablate --dropout 1.5", "dropout must be in [0, 0.99], not 1.5"),
+    ("ablate --dropout 1.5", "dropout: must be in [0, 0.99], not 1.5"),
     ("ablate --dropout nan", "dropout"), ("ablate --width 0", "width"),
     ("ablate --selection A", "delta+B+C")])
 def test_a_wrong_command_line_is_one_line_and_status_2(capsys, arguments, words):
@@ -709,7 +709,7 @@ def test_evaluate_compares_the_models_and_the_readmes_code_works(trained, capsys
         np.save("answer.npy", saved.serve(tf.constant({ids.tolist()})))
         assert "mamba_sentiment" not in sys.modules""")
     np.testing.assert_allclose(np.load("answer.npy"), names["model"](ids), atol=1e-5)
-    assert main("evaluate --model lstm --test data/tweets/val_tokenized.csv") == 0
+    assert main("evaluate --model lstm") == 0
     table = pd.read_csv("runs/tweets/predictions.csv")
     assert list(table) == ["label", "text", "lstm"] and (table.label == table.lstm).mean() > 0.8
 
@@ -722,11 +722,11 @@ def test_what_is_not_trained_does_not_fit_or_brings_code_is_refused(trained, cap
             ("preprocess --data ./induction", "rename"),
             (f"{LSTM} --vocab-size 20", "from 0 to 19")):
         refuses(capsys, command, word)
-    for content, word in (("text,label\nwe work,neutral\n", "no tweet"), ("a,b\n1,2\n", "column"),
-                          ("0,1,label\n1,99999,0\n", "from"), ("0,1,label\n1,x,0\n", "x"),
+    for content, word in (("text,label\nwe work,neutral\n", "no tweet"), ("a,b\n1,2\n", "column")):
+        refuses(capsys, f"evaluate --model lstm --test {save('t.csv', content)}", "t.csv", word)
+    for text, word in (("0,1,label\n1,99999,0\n", "from"), ("0,1,label\n1,x,0\n", "x"),
                           ("0,1,label\n1,2,0\n1,2,7\n", "to 2"), ("0,1,label\n-1,2,0\n", "0")):
-        save("t.csv", content)
-        refuses(capsys, "evaluate --model lstm --test t.csv", "t.csv", word)
+        pytest.raises(ms.UserError, ms.read_tokenized, save("t.csv", text), ms.Config()).match(word)
     harmful = keras.layers.Lambda(lambda x: (open("ran", "w"), x)[1], output_shape=(4,))
     keras.Sequential([keras.Input((4,)), harmful]).save("runs/tweets/mamba/model.keras")
     pathlib.Path("ran").unlink(missing_ok=True)
