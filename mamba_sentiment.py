@@ -70,7 +70,7 @@ def setting(default, help, low=0, high=2**31 - 1, choices=None):
 
 @dataclasses.dataclass
 class Config:
-    """Every hyperparameter. The command line allows only values of which a model can be made."""
+    """Every hyperparameter. Only the command line checks the values."""
     width: int = setting(64, "width of the embedding and the residual stream", 1)
     depth: int = setting(2, "number of layers", 1)
     state: int = setting(16, "state variables per channel (mamba, ssm)", 1)
@@ -200,9 +200,8 @@ def sequential_scan(u, delta, A, B, C, D, h):
 # The reference is slow because of what it moves, not what it computes: the states, n times the
 # data of u, go through memory at each step, and again for the gradient. The fast methods work on
 # chunks of up to CHUNK steps. The states of a chunk, laid out (n, d), stay in the cache; only y
-# leaves it. The gradient needs the states again. As in the paper's section 3.3.2, they are not
-# stored but recomputed; only the state before each chunk is stored. All chunks use the same memory,
-# because XLA fills new memory with zeros, which took a fifth of the time of a gradient.
+# leaves it. The gradient computes them again from the state before each chunk, which is stored (the
+# paper's section 3.3.2). All chunks of `fused` share memory, since XLA fills new memory with zeros.
 CHUNK = 16
 # Compiles a function with XLA, TensorFlow's compiler. Called by another, it is compiled into it.
 compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
@@ -225,28 +224,29 @@ def scan_steps(body, state, arrays, into, reverse=False):
 def decays(delta, A, memory):
     """exp(delta A) for each step of a chunk: delta (k, ..., d), A (n, d) -> (k, ..., n, d).
 
-    Up to half of the time of a scan is its exponentials. In float32 they are computed in about half
-    of the operations that XLA takes: exp(x) = 2^z = 2^i 2^(z - i), where i is z rounded. The second
-    factor is a polynomial (relative error 1e-7); i is added to the exponent in its bits.
+    Up to half of the time of a scan is its exponentials. Here the fused method takes half of XLA's
+    operations: exp(x) = 2^z = 2^i 2^(z - i) with i = round(z). The second factor is a polynomial
+    (relative error 1e-7); i is added to the exponent in its bits. `memory`: shaped as the result.
     """
     def decay(_, delta):
-        z = tf.clip_by_value(delta[..., None, :] * scaled, -127.0, 128.0)   # up to 0 and infinity
+        z = delta[..., None, :] * scaled
+        z = tf.where(z < -127.0, -127.0, tf.where(z > 128.0, 128.0, z))     # these give 0, infinity
         power = tf.math.polyval([0.00132647271, 0.00967151286, 0.0555073375, 0.240222421,
                                  0.693146978, 1.0], z - tf.round(z))        # highest power first
         # In z + 1.5 * 2^23 the lowest bits are i. The exponent starts at the 23rd bit.
         i = tf.bitcast(z + 1.5 * 2**23, tf.int32)
         bits = tf.bitcast(power, tf.int32) + tf.bitwise.left_shift(i, 23)
         return 0, [tf.bitcast(bits, tf.float32)]
-    if A.dtype == tf.float64:
+    if A.dtype == tf.float64 or len(delta.shape) > 2:       # parallel
         return tf.exp(delta[..., None, :] * A)
     scaled = A / math.log(2)
-    return scan_steps(decay, 0, [delta], [memory])[0]       # XLA would split a larger array
+    return scan_steps(decay, 0, [delta], [memory])[0]       # else XLA splits it among the cores
 
 def scan_chunk(a, v, B, C, h, decay=tf.identity):
-    """The recurrence over a chunk: a, v = delta u (k, ..., d), B, C (k, ..., n), h (..., n, d).
+    """The recurrence over a chunk: v = delta u (k, ..., d), B, C (k, ..., n), h (..., n, d).
 
-    decay(a[t]) is exp(delta[t] A), (..., n, d). Returns y (k, ..., d) without D u, and the last h.
-    "...": (b, chunks) in parallel, or nothing.
+    a: exp(delta A) (k, ..., n, d), or delta with a `decay` that makes exp(delta[t] A) of delta[t].
+    Returns y (k, ..., d) without D u, and the last h. "...": (b, chunks) in parallel, or nothing.
     """
     def step(h, a, v, B, C):
         h = decay(a) * h + v[..., None, :] * B[..., None]
@@ -257,7 +257,7 @@ def scan_chunk_gradient(A, u, delta, B, C, h, dy, g, memory):
     """The gradient of `scan_chunk`; dy (k, ..., d), g (..., n, d): those of y and of the last h.
 
     Returns the gradients of A (..., n, d; summed over "..." by the caller), [u, delta, B, C] and h.
-    The three arrays of `memory`, (k, ..., n, d), are overwritten and returned.
+    The three arrays of `memory`, (k, ..., n, d), are reused and returned.
     With a[t] = exp(delta[t] A), kept[t] = a[t] h[t-1] and g[t] the gradient of h[t]:
 
         g[t]      = C[t] dy[t] + a[t+1] g[t+1]                   backwards, from that of the last h
@@ -305,7 +305,7 @@ def fused_scan(A, u, delta, B, C, h):
 
 @compiled
 def fused_gradient(A, u, delta, B, C, h, starts, dy, dlast):
-    """The gradients of A (1, n, d; the caller sums), u, delta, B, C and h = starts[:, 0]."""
+    """The gradients of A (1, n, d; parallel: b; to be summed), u, delta, B, C, h = starts[:, 0]."""
     def chunk(state, *arrays):
         dA, g, memory = state
         more, gradients, g, memory = scan_chunk_gradient(A, *arrays, g, memory)
