@@ -348,8 +348,8 @@ def parallel_scan(A, u, delta, B, C, h):
     """All chunks at once; same arguments and results as `fused_scan`."""
     u, delta, B, C = (tf.transpose(x, (2, 0, 1, 3)) for x in (u, delta, B, C))      # (k, b, ...)
     S = tf.cumsum(delta, 0)[..., None, :]                                   # (k, b, chunks, 1, d)
-    zeros, decay = tf.zeros_like(S[-1] * A), lambda delta: tf.exp(delta[..., None, :] * A)
-    y, local = scan_chunk(delta, delta * u, B, C, zeros, decay)             # each chunk from zero
+    y, local = scan_chunk(delta, delta * u, B, C, tf.zeros_like(S[-1] * A),  # each chunk from zero
+                          lambda delta: tf.exp(delta[..., None, :] * A))
     ends = carry(S[-1], tf.concat([h[:, None], local], 1), A)               # (b, chunks + 1, n, d)
     y += tf.reduce_sum(C[..., None] * tf.exp(S * A) * ends[:, :-1], -2)     # fused: not stored
     return tf.transpose(y, (1, 2, 0, 3)), ends[:, :-1], ends[:, -1]

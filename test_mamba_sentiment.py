@@ -8,7 +8,6 @@ import shutil, socket, subprocess, sys, tempfile, threading, zipfile
 COMPILED = tempfile.TemporaryDirectory()                        # what several processes compile
 os.environ |= {"TF_XLA_FLAGS": f"--tf_xla_persistent_cache_directory={COMPILED.name}",
                "XLA_FLAGS": "--xla_backend_optimization_level=0"}       # fast rather than well
-
 import mamba_sentiment as ms
 import keras
 import numpy as np
@@ -725,8 +724,9 @@ def test_what_is_not_trained_does_not_fit_or_brings_code_is_refused(trained, cap
         refuses(capsys, command, word)
     for content, word in (("text,label\nwe work,neutral\n", "no tweet"), ("a,b\n1,2\n", "column")):
         refuses(capsys, f"evaluate --model lstm --test {save('t.csv', content)}", "t.csv", word)
-    for text, word in (("0,1,label\n1,-2,0\n", "ids must"), ("0,1,label\n1,2,7\n", "labels must")):
-        pytest.raises(ms.UserError, ms.read_tokenized, save("t.csv", text), ms.Config()).match(word)
+    for row, word in (("1,99999,0", "ids"), ("1,x,0", "x'"), ("1,2,7", "label"), ("-1,2,0", "ids")):
+        path = save("t.csv", f"0,1,label\n1,2,0\n{row}\n")
+        pytest.raises(ms.UserError, ms.read_tokenized, path, ms.Config()).match(f"t.csv: .*{word}")
     harmful = keras.layers.Lambda(lambda x: (open("ran", "w"), x)[1], output_shape=(4,))
     keras.Sequential([keras.Input((4,)), harmful]).save("runs/tweets/mamba/model.keras")
     pathlib.Path("ran").unlink(missing_ok=True)
