@@ -187,6 +187,8 @@ tf.get_logger().setLevel("ERROR")
 #     fused        the same steps in one compiled loop, chunk by chunk; for a CPU
 #     parallel     all chunks at once, then what each passes on to the next; for a GPU
 METHODS = ("auto", "sequential", "fused", "parallel")
+# Compiles a function with XLA, TensorFlow's compiler. Called by another, it is compiled into it.
+compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
 
 def sequential_scan(u, delta, A, B, C, D, h):
     """The reference. u, delta (b, l, d), A (d, n), B, C (b, l, n), D (d,), h (b, d, n) -> y, h."""
@@ -199,34 +201,36 @@ def sequential_scan(u, delta, A, B, C, D, h):
 
 # The reference is slow because of what it moves, not what it computes: the states, n times the
 # data of u, go through memory at each step, and again for the gradient. The fast methods work on
-# chunks of up to CHUNK steps. The states of a chunk, laid out (n, d), stay in the cache; only y
-# leaves it. The gradient computes them again from the state before each chunk, which is stored (the
+# chunks of a few steps. The states of a chunk, laid out (n, d), stay in the cache; only y leaves
+# it. The gradient computes them again from the state before each chunk, which is stored (the
 # paper's section 3.3.2). All chunks of `fused` share memory, since XLA fills new memory with zeros.
-CHUNK = 16
-# Compiles a function with XLA, TensorFlow's compiler. Called by another, it is compiled into it.
-compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
 
-def scan_steps(body, state, arrays, into, reverse=False):
+def scan_steps(body, state, arrays, into=None, reverse=False):
     """`for t in range(steps): state, outputs[t] = body(state, *(x[t] for x in arrays))`.
 
-    Returns (*outputs, state). The loop is not unrolled. `into`: for each output a tensor of its
-    shape and dtype; the output takes its memory, unless the tensor is needed afterwards.
+    Returns (*outputs, state). `into`: for each output a tensor of its shape and dtype; the output
+    takes its memory, unless the tensor is needed afterwards. None: the loop is unrolled.
     """
+    steps = keras.ops.shape(arrays[0])[0]
+    if into is None:
+        outputs = [None] * steps
+        for t in sorted(range(steps), reverse=reverse):
+            state, outputs[t] = body(state, *(x[t] for x in arrays))
+        return *map(tf.stack, zip(*outputs)), state
     def step(i, state, outputs):
         t = steps - 1 - i if reverse else i
         state, new = body(state, *(x[t] for x in arrays))
         return i + 1, state, [array.write(t, x) for array, x in zip(outputs, new)]
-    steps = keras.ops.shape(arrays[0])[0]
     outputs = [tf.TensorArray(x.dtype, steps).unstack(x) for x in into]
     _, state, outputs = tf.while_loop(lambda i, *_: i < steps, step, (0, state, outputs))
     return *(array.stack() for array in outputs), state
 
-def decays(delta, A, memory):
+def decays(delta, A, memory=None):
     """exp(delta A) for each step of a chunk: delta (k, ..., d), A (n, d) -> (k, ..., n, d).
 
     Up to half of the time of a scan is its exponentials. Here the fused method takes half of XLA's
     operations: exp(x) = 2^z = 2^i 2^(z - i) with i = round(z). The second factor is a polynomial
-    (relative error 1e-7); i is added to the exponent in its bits. `memory`: shaped as the result.
+    (relative error 1e-7); i is added to the exponent in its bits. `memory`: as `into` above.
     """
     def decay(_, delta):
         z = delta[..., None, :] * scaled
@@ -237,27 +241,25 @@ def decays(delta, A, memory):
         i = tf.bitcast(z + 1.5 * 2**23, tf.int32)
         bits = tf.bitcast(power, tf.int32) + tf.bitwise.left_shift(i, 23)
         return 0, [tf.bitcast(bits, tf.float32)]
-    if A.dtype == tf.float64 or len(delta.shape) > 2:       # parallel
+    if A.dtype == tf.float64 or memory is None:             # parallel
         return tf.exp(delta[..., None, :] * A)
     scaled = A / math.log(2)
     return scan_steps(decay, 0, [delta], [memory])[0]       # else XLA splits it among the cores
 
-def scan_chunk(a, v, B, C, h, decay=tf.identity):
-    """The recurrence over a chunk: v = delta u (k, ..., d), B, C (k, ..., n), h (..., n, d).
-
-    a: exp(delta A) (k, ..., n, d), or delta with a `decay` that makes exp(delta[t] A) of delta[t].
-    Returns y (k, ..., d) without D u, and the last h. "...": (b, chunks) in parallel, or nothing.
+def scan_chunk(a, v, B, C, h, into=None):
+    """The recurrence over a chunk: a = exp(delta A) (k, ..., n, d), v = delta u (k, ..., d), B, C
+    (k, ..., n), h (..., n, d) -> y (k, ..., d) without D u, last h. "...": (b, chunks) or nothing.
     """
     def step(h, a, v, B, C):
-        h = decay(a) * h + v[..., None, :] * B[..., None]
+        h = a * h + v[..., None, :] * B[..., None]
         return h, [tf.reduce_sum(C[..., None] * h, -2)]
-    return scan_steps(step, h, (a, v, B, C), [v])
+    return scan_steps(step, h, (a, v, B, C), into)
 
-def scan_chunk_gradient(A, u, delta, B, C, h, dy, g, memory):
+def scan_chunk_gradient(A, u, delta, B, C, h, dy, g, memory=None):
     """The gradient of `scan_chunk`; dy (k, ..., d), g (..., n, d): those of y and of the last h.
 
     Returns the gradients of A (..., n, d; summed over "..." by the caller), [u, delta, B, C] and h.
-    The three arrays of `memory`, (k, ..., n, d), are reused and returned.
+    In fused, the three arrays of `memory`, (k, n, d), are reused and returned.
     With a[t] = exp(delta[t] A), kept[t] = a[t] h[t-1] and g[t] the gradient of h[t]:
 
         g[t]      = C[t] dy[t] + a[t+1] g[t+1]                   backwards, from that of the last h
@@ -274,9 +276,9 @@ def scan_chunk_gradient(A, u, delta, B, C, h, dy, g, memory):
     def backward(g, a, C, dy):
         g += C[..., None] * dy[..., None, :]
         return a * g, [g]
-    a, v = decays(delta, A, memory[0]), delta * u
-    kept, _ = scan_steps(forward, h, (a, v, B), [memory[1]])                # (k, ..., n, d)
-    g, dh = scan_steps(backward, g, (a, C, dy), [memory[2]], reverse=True)  # (k, ..., n, d)
+    a, v = decays(delta, A, memory and memory[0]), delta * u
+    kept, _ = scan_steps(forward, h, (a, v, B), memory and [memory[1]])
+    g, dh = scan_steps(backward, g, (a, C, dy), memory and [memory[2]], reverse=True)
     gB = tf.reduce_sum(g * B[..., None], -2)
     dA = tf.reduce_sum(g * kept * delta[..., None, :], 0)
     ddelta = u * gB + tf.reduce_sum(g * kept * A, -2)
@@ -294,7 +296,7 @@ def fused_scan(A, u, delta, B, C, h):
     def chunk(state, u, delta, B, C):
         h, memory = state
         memory = decays(delta, A, memory)
-        y, last = scan_chunk(memory, delta * u, B, C, h)
+        y, last = scan_chunk(memory, delta * u, B, C, h, [u])
         return (last, memory), [y, h]
     def sequence(memory, u, delta, B, C, starts, h):
         y, starts, (h, memory) = scan_steps(chunk, (h, memory), (u, delta, B, C), [u, starts])
@@ -319,9 +321,10 @@ def fused_gradient(A, u, delta, B, C, h, starts, dy, dlast):
     *gradients, (dA, _) = scan_steps(sequence, (0 * A, memory), arrays, [u, delta, B, C, h])
     return dA[None], *gradients
 
-# On a GPU each step of a loop launches a kernel, and there are l steps. Instead, treat each chunk
-# as a separate sequence that starts from h = 0, and run all chunks at once: CHUNK steps instead
-# of l. What these local states lack is linear in h_in, the state before the chunk:
+# On a GPU each step of a loop launches kernels, and there are l steps. Instead, treat each chunk
+# as a separate sequence that starts from h = 0, and run all chunks at once: 8 steps instead of l,
+# unrolled, so that XLA fuses several of them into one kernel (a third of the time of a loop). What
+# these local states lack is linear in h_in, the state before the chunk:
 #
 #     h[t] = local h[t] + exp(A S[t]) h_in,      S[t] = delta[0] + ... + delta[t] within the chunk
 #
@@ -348,8 +351,7 @@ def parallel_scan(A, u, delta, B, C, h):
     """All chunks at once; same arguments and results as `fused_scan`."""
     u, delta, B, C = (tf.transpose(x, (2, 0, 1, 3)) for x in (u, delta, B, C))      # (k, b, ...)
     S = tf.cumsum(delta, 0)[..., None, :]                                   # (k, b, chunks, 1, d)
-    y, local = scan_chunk(delta, delta * u, B, C, tf.zeros_like(S[-1] * A),  # each chunk from zero
-                          lambda delta: tf.exp(delta[..., None, :] * A))
+    y, local = scan_chunk(decays(delta, A), delta * u, B, C, tf.zeros_like(S[-1] * A))
     ends = carry(S[-1], tf.concat([h[:, None], local], 1), A)               # (b, chunks + 1, n, d)
     y += tf.reduce_sum(C[..., None] * tf.exp(S * A) * ends[:, :-1], -2)     # fused: not stored
     return tf.transpose(y, (1, 2, 0, 3)), ends[:, :-1], ends[:, -1]
@@ -364,9 +366,11 @@ def parallel_gradient(A, u, delta, B, C, h, starts, dy, dlast):
     local = tf.reduce_sum(C[..., None] * tf.exp(S * A) * dy[..., None, :], 0)
     local = tf.concat([local, dlast[:, None]], 1)
     g = tf.reverse(carry(tf.reverse(S[-1], [1]), tf.reverse(local, [1]), A), [1])
-    memory = 3 * (tf.zeros_like(delta[..., None, :] * A),)                  # (k, b, chunks, n, d)
-    dA, gradients, _, _ = scan_chunk_gradient(A, u, delta, B, C, starts, dy, g[:, 1:], memory)
+    dA, gradients, _, _ = scan_chunk_gradient(A, u, delta, B, C, starts, dy, g[:, 1:])
     return tf.reduce_sum(dA, 1), *(tf.transpose(x, (1, 2, 0, 3)) for x in gradients), g[:, 0]
+
+# The fast methods: the scan, its gradient, and the most steps of a chunk.
+FAST = dict(fused=(fused_scan, fused_gradient, 16), parallel=(parallel_scan, parallel_gradient, 8))
 
 def fast_method():
     """The method that is faster here: parallel where TensorFlow has a GPU, else fused."""
@@ -387,15 +391,12 @@ def in_shares(function, *arrays, share=True):
 def fast_scan(u, delta, A, B, C, D, h, method):
     """A fast method with its layout and its gradient; same arrays as `sequential_scan`."""
     batch, length, channels = keras.ops.shape(u)
-    chunks = -(-length // CHUNK)
-    steps = -(-length // chunks)
-    fast = {"fused": (fused_scan, fused_gradient), "parallel": (parallel_scan, parallel_gradient)}
-    forward, backward = fast[fast_method() if method == "auto" else method]
-
+    forward, backward, chunk = FAST[fast_method() if method == "auto" else method]
+    chunks = -(-length // chunk)
+    steps = chunk if tf.is_tensor(length) else -(-length // chunks)         # the least that will do
     def cut(x):                     # (b, l, .) -> (b, chunks, k, .); delta = 0 leaves h as it is
         x = tf.pad(x, ((0, 0), (0, chunks * steps - length), (0, 0)))
         return tf.reshape(x, (batch, chunks, steps, x.shape[2]))
-
     def run(function, *arrays):
         # Without `tf.stop_gradient` TensorFlow would prepare to differentiate the loops itself.
         A, *arrays = map(tf.stop_gradient, arrays)
@@ -404,7 +405,6 @@ def fast_scan(u, delta, A, B, C, D, h, method):
 
     def refuse(*_):
         raise NotImplementedError("only method='sequential' has a second derivative")
-
     @tf.custom_gradient
     def gradient(*arrays):
         dA, *gradients = run(backward, *arrays)
