@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes every table and figure of README.md and results/README.md:
+# Makes the tables and figures of README.md and results/README.md:
 #
 #     results/reproduce.sh SECTION ...        in the environment that README.md sets up
 #
-# Sections, with about how long they take on 2 cores: search (1 h), main (3 h), size (20 min),
-# selection (3 h), induction (2 h), crowdflower (5 min), fasttext (3 min), bench (4 min), profile
-# (2 min), peers (10 min). A section that was interrupted resumes; what is trained is not trained
-# again.
+# Sections, with about how long they take on 2 cores: search (1 h), third (1 h), main (3 h), two
+# (1 h), size (20 min), selection (3 h), induction (3 h), crowdflower (5 min), fasttext (3 min),
+# bench (4 min), profile (2 min), peers (10 min). A section that was interrupted resumes; what is
+# trained is not trained again. Where TensorFlow (and PyTorch, for peers) has a GPU, they use it.
 #
 # data/ must hold training.1600000.processed.noemoticon.csv (or .xz), the vocab.txt of
 # bert-base-uncased as bert-vocab.txt, and testdata.manual.2009.06.14.csv; the first two are
@@ -36,7 +36,7 @@ table = pd.DataFrame(rows)[["model", "selection", "train_sequences", "learning_r
                             "n", "parameters", "train_seconds"]]
 table.round(5).to_csv(f"results/{sys.argv[2]}.csv", index=False)
 print(table.to_string(index=False))
-settings = ["model", "selection", "train_sequences", "learning_rate", "dropout"]
+settings = ["model", "selection", "train_sequences", "learning_rate", "dropout", "epochs"]
 print(table.groupby(settings)[["validation", "accuracy"]].agg(["mean", "std", "count"]))
 END
 }
@@ -58,6 +58,14 @@ search() {                                  # on a tenth of the tweets, the same
     collect runs/search search
 }
 
+third() {                                   # on a third: the rates again, then two epochs
+    for each in 2e-3 4e-3 8e-3; do
+        train_all "runs/third/$each" --limit 489427 --learning-rate "$each"
+    done
+    train_all runs/third/two --limit 489427 --epochs 2
+    collect runs/third third
+}
+
 main() {                                    # all tweets, three seeds
     for seed in 0 1 2; do
         train_all "runs/main/$seed" --seed "$seed"
@@ -66,6 +74,11 @@ main() {                                    # all tweets, three seeds
     mamba evaluate --data sentiment140 --run-dir runs/main/1 \
         --test data/testdata.manual.2009.06.14.csv | tee results/manual.txt
     mamba evaluate --data sentiment140 --run-dir runs/main/1 | tee results/evaluation.txt
+}
+
+two() {                                     # all tweets, two epochs
+    train_all runs/two --epochs 2
+    collect runs/two two
 }
 
 size() {                                    # the learning curve; all tweets: main
@@ -86,10 +99,17 @@ selection() {                               # the six selections on a fifth of t
 induction() {                               # trained on 128 tokens, tested at other lengths
     mamba preprocess --data induction
     mamba ablate --data induction
+    for seed in 1 2; do
+        for selection in delta delta+B+C; do
+            mamba ablate --data induction --selection "$selection" --seed "$seed" \
+                --run-dir "runs/seed/$seed"
+        done
+        mamba train --data induction --model ssm --seed "$seed" --run-dir "runs/seed/$seed"
+    done
     for model in ssm lstm; do
         mamba train --data induction --model "$model"
     done
-    for each in 1e-3 3e-4; do
+    for each in 3e-3 1e-3 3e-4 1e-4; do
         mamba train --data induction --model transformer --learning-rate "$each" \
             --run-dir "runs/transformer/$each"
     done
@@ -98,27 +118,24 @@ import json, pathlib
 import mamba_sentiment as ms                # first: it sets what TensorFlow prints
 import keras, pandas as pd
 lengths, rows = [64, 128, 256, 512, 1024, 4096, 16384], []
-paths = [*pathlib.Path("runs/induction").rglob("model.keras"),
-         *pathlib.Path("runs/transformer").rglob("model.keras")]
-for path in sorted(paths):
+names = {"ssm": "SSM", "lstm": "LSTM", "transformer": "Transformer"}
+for path in sorted(pathlib.Path("runs").rglob("induction/**/model.keras")):
     metrics = json.loads(path.with_name("metrics.json").read_text())
-    model, accuracy = keras.models.load_model(path), {}
+    model, accuracy, config = keras.models.load_model(path), {}, metrics["config"]
     for length in lengths:
         if model.block != "transformer" or length <= 4096:      # memory
             ids, labels = ms.induction_heads(256, length, seed=3)
             answers = ms.predict_logits(model, ids, max(1, 8192 // length)).argmax(1)
             accuracy[str(length)] = float((answers == labels).mean())
-    name = {"ssm": "SSM", "lstm": "LSTM"}.get(path.parent.name, f"Mamba, selective: {path.parent.name}")
-    if path.parent.name == "transformer":
-        name = f"Transformer, {metrics['config']['learning_rate']}"
-    rows.append({"model": name, "train_sequences": metrics["train_sequences"],
-                 "train_seconds": round(metrics["train_seconds"]), **accuracy})
+    rows.append({"model": names.get(model.block, f"Mamba, selective: {config['selection']}"),
+                 "learning_rate": config["learning_rate"], "seed": config["seed"],
+                 "device": ms.machine(), "train_seconds": round(metrics["train_seconds"]), **accuracy})
 table = pd.DataFrame(rows)
 table.to_csv("results/induction.csv", index=False)
 print(table.to_string(index=False))
-chart = table.set_index("model")[[str(length) for length in lengths]].T.set_axis(lengths)
+chart = table.groupby("model", sort=False)[[*map(str, lengths)]].mean().T.set_axis(lengths)
 ms.draw(pathlib.Path("results/induction.png"), "Induction heads, trained at 128 tokens", chart,
-        logx=True, xlabel="length", ylabel="accuracy")
+        logx=True, xlim=(50, 6e5), xlabel="length", ylabel="accuracy, mean over seeds")
 END
 }
 
@@ -221,7 +238,7 @@ for key, found in times.items():
 END
 }
 
-peers() {                                   # what else can be installed, and ours, in one process
+peers() {                                   # what else can be installed, and ours, on one device
     python -m venv .peers
     .peers/bin/pip install -q -r requirements.txt torch==2.13.0 mambapy
     .peers/bin/python - <<'END' | tee results/peers.txt
@@ -235,6 +252,8 @@ logging.set_verbosity_error()
 print(ms.machine(), *(f"{name} {importlib.metadata.version(name)}" for name in
                       ("torch", "mambapy", "transformers")), sep=", ")
 
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
 def medians(calls, rounds):
     """Median milliseconds of each call; in each round they take turns."""
     times = {name: [] for name in calls}
@@ -242,13 +261,15 @@ def medians(calls, rounds):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
+            if device == "cuda":
+                torch.cuda.synchronize()
             times[name].append(1e3 * (time.perf_counter() - start))
     return {name: float(np.median(found[2:])) for name, found in times.items()}
 
 def loop(u, delta, A, B, C, D):
     decay = torch.exp(torch.einsum("bld,dn->bldn", delta, A))
     inflow = torch.einsum("bld,bln,bld->bldn", delta, B, u)
-    h, outputs = torch.zeros(len(u), *A.shape), []
+    h, outputs = torch.zeros(len(u), *A.shape, device=device), []
     for t in range(u.shape[1]):
         h = decay[:, t] * h + inflow[:, t]
         outputs.append(torch.einsum("bdn,bn->bd", h, C[:, t]))
@@ -272,7 +293,7 @@ rows = []
 shapes = (256, 16), (64, 64), (16, 256), (4, 1024), (1, 4096)
 for run, (batch, length) in itertools.product((1, 2, 3), shapes):
     inputs = ms.scan_inputs(batch, length)
-    leaves = [torch.tensor(x.numpy(), requires_grad=True) for x in inputs]
+    leaves = [torch.tensor(x.numpy(), device=device, requires_grad=True) for x in inputs]
     plain = [x.detach() for x in leaves]
     compiled = tf.function(ms.selective_scan, autograph=False)
     gradient = tf.function(lambda *x: ms.scan_gradient(*x, method="auto"), autograph=False)
@@ -311,8 +332,9 @@ for name in ms.MODELS:
              tf.constant(labels.numpy(), tf.int32))
     steps[name] = lambda step=step, batch=batch: step(*batch).numpy()
 peer = MambaModel(MambaConfig(vocab_size=30522, hidden_size=64, num_hidden_layers=2, state_size=16,
-                              use_mambapy=True))
-head = torch.nn.Linear(64, 3)
+                              use_mambapy=True)).to(device)
+head = torch.nn.Linear(64, 3).to(device)
+ids, labels = ids.to(device), labels.to(device)
 optimizer = torch.optim.AdamW([*peer.parameters(), *head.parameters()])
 
 def peer_step():
