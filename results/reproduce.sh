@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes the tables and figures of README.md and results/README.md:
+# Makes every table and figure of README.md and results/README.md, but not what ran on a GPU:
 #
 #     results/reproduce.sh SECTION ...        in the environment that README.md sets up
 #
-# Sections, with about how long they take on 2 cores: search (1 h), third (1 h), main (3 h), two
+# Sections, with about how long they take on 2 cores: search (1 h), third (2 h), main (3 h), two
 # (1 h), size (20 min), selection (3 h), induction (3 h), crowdflower (5 min), fasttext (3 min),
 # bench (4 min), profile (2 min), peers (10 min). A section that was interrupted resumes; what is
-# trained is not trained again. Where TensorFlow (and PyTorch, for peers) has a GPU, they use it.
+# trained is not trained again.
 #
 # data/ must hold training.1600000.processed.noemoticon.csv (or .xz), the vocab.txt of
 # bert-base-uncased as bert-vocab.txt, and testdata.manual.2009.06.14.csv; the first two are
@@ -129,13 +129,13 @@ for path in sorted(pathlib.Path("runs").rglob("induction/**/model.keras")):
             accuracy[str(length)] = float((answers == labels).mean())
     rows.append({"model": names.get(model.block, f"Mamba, selective: {config['selection']}"),
                  "learning_rate": config["learning_rate"], "seed": config["seed"],
-                 "device": ms.machine(), "train_seconds": round(metrics["train_seconds"]), **accuracy})
-table = pd.DataFrame(rows)
+                 "device": ms.machine(), "train_seconds": round(metrics["train_seconds"])} | accuracy)
+table = pd.DataFrame(rows).drop_duplicates(["model", "learning_rate", "seed"])
 table.to_csv("results/induction.csv", index=False)
 print(table.to_string(index=False))
 chart = table.groupby("model", sort=False)[[*map(str, lengths)]].mean().T.set_axis(lengths)
 ms.draw(pathlib.Path("results/induction.png"), "Induction heads, trained at 128 tokens", chart,
-        logx=True, xlim=(50, 6e5), xlabel="length", ylabel="accuracy, mean over seeds")
+        logx=True, xlim=(50, 6e5), xlabel="length", ylabel="accuracy, mean of the runs")
 END
 }
 
@@ -238,7 +238,7 @@ for key, found in times.items():
 END
 }
 
-peers() {                                   # what else can be installed, and ours, on one device
+peers() {                                   # what else can be installed, and ours, in one process
     python -m venv .peers
     .peers/bin/pip install -q -r requirements.txt torch==2.13.0 mambapy
     .peers/bin/python - <<'END' | tee results/peers.txt
@@ -252,8 +252,6 @@ logging.set_verbosity_error()
 print(ms.machine(), *(f"{name} {importlib.metadata.version(name)}" for name in
                       ("torch", "mambapy", "transformers")), sep=", ")
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
-
 def medians(calls, rounds):
     """Median milliseconds of each call; in each round they take turns."""
     times = {name: [] for name in calls}
@@ -261,15 +259,13 @@ def medians(calls, rounds):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
-            if device == "cuda":
-                torch.cuda.synchronize()
             times[name].append(1e3 * (time.perf_counter() - start))
     return {name: float(np.median(found[2:])) for name, found in times.items()}
 
 def loop(u, delta, A, B, C, D):
     decay = torch.exp(torch.einsum("bld,dn->bldn", delta, A))
     inflow = torch.einsum("bld,bln,bld->bldn", delta, B, u)
-    h, outputs = torch.zeros(len(u), *A.shape, device=device), []
+    h, outputs = torch.zeros(len(u), *A.shape), []
     for t in range(u.shape[1]):
         h = decay[:, t] * h + inflow[:, t]
         outputs.append(torch.einsum("bdn,bn->bd", h, C[:, t]))
@@ -293,7 +289,7 @@ rows = []
 shapes = (256, 16), (64, 64), (16, 256), (4, 1024), (1, 4096)
 for run, (batch, length) in itertools.product((1, 2, 3), shapes):
     inputs = ms.scan_inputs(batch, length)
-    leaves = [torch.tensor(x.numpy(), device=device, requires_grad=True) for x in inputs]
+    leaves = [torch.tensor(x.numpy(), requires_grad=True) for x in inputs]
     plain = [x.detach() for x in leaves]
     compiled = tf.function(ms.selective_scan, autograph=False)
     gradient = tf.function(lambda *x: ms.scan_gradient(*x, method="auto"), autograph=False)
@@ -332,9 +328,8 @@ for name in ms.MODELS:
              tf.constant(labels.numpy(), tf.int32))
     steps[name] = lambda step=step, batch=batch: step(*batch).numpy()
 peer = MambaModel(MambaConfig(vocab_size=30522, hidden_size=64, num_hidden_layers=2, state_size=16,
-                              use_mambapy=True)).to(device)
-head = torch.nn.Linear(64, 3).to(device)
-ids, labels = ids.to(device), labels.to(device)
+                              use_mambapy=True))
+head = torch.nn.Linear(64, 3)
 optimizer = torch.optim.AdamW([*peer.parameters(), *head.parameters()])
 
 def peer_step():
