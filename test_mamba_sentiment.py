@@ -792,9 +792,9 @@ def test_bench_writes_a_row_for_each_model_length_and_method(monkeypatch):
                         ("scan_inputs", functools.partial(ms.scan_inputs, channels=4, state=2)),
                         ("training_step", lambda *_: lambda *batch: tf.ones(3))):
         monkeypatch.setattr(ms, name, value)
-    assert main("bench --models lstm --lengths 8 9000") == 0
+    assert main("bench --models lstm --lengths 16 9000") == 0
     latency, scan = (pd.read_csv(f"runs/bench/{name}.csv") for name in ("latency", "scan"))
     assert list(latency.model) == ["lstm"] * 3 + ["lstm, a training step"]
-    assert list(latency.batch) == [1, 1024, 1, 256] and (latency.fastest <= latency.slowest).all()
-    assert list(scan.model) == ["fused, forward", "fused, with gradient"] * 3
+    assert list(latency.batch) == [1, 512, 1, 256] and (latency.fastest <= latency.slowest).all()
+    assert list(scan.model) == ["fused, forward", "fused, with gradient"] * 2
     assert {"latency.png", "scan.png"} < set(os.listdir("runs/bench"))
