@@ -393,7 +393,7 @@ def fast_scan(u, delta, A, B, C, D, h, method):
     batch, length, channels = keras.ops.shape(u)
     forward, backward, most = FAST[fast_method() if method == "auto" else method]
     chunks = -(-length // most)
-    steps = most if tf.is_tensor(length) else -(-length // chunks)          # the least padding
+    steps = most if forward is parallel_scan else -(-length // chunks)      # unrolled: a number
     def cut(x):                     # (b, l, .) -> (b, chunks, k, .); delta = 0 leaves h as it is
         x = tf.pad(x, ((0, 0), (0, chunks * steps - length), (0, 0)))
         return tf.reshape(x, (batch, chunks, steps, x.shape[2]))
