@@ -88,16 +88,16 @@ class Config:
     weight_decay: float = setting(0.05, "weight decay of AdamW, for matrices only", 0)
     clip_norm: float = setting(1.0, "gradients are clipped to this global norm", 1e-9)
     batch_size: int = setting(256, "sequences per step", 1)
-    epochs: int = setting(1, "passes over the training data; the best on validation is kept", 1)
+    epochs: int = setting(2, "passes over the training data; the best on validation is kept", 1)
     limit: int = setting(0, "train on a stratified subset of this many sequences; 0: all", 0)
     precision: str = setting("float32", "dtype policy", choices=("float32", "mixed_bfloat16"))
     seed: int = setting(0, "random seed of weights, batch order and dropout", 0)
 
 # Defaults that differ for a data set. A flag on the command line overrides them.
 DATA_DEFAULTS = {
-    "sentiment140": {}, "crowdflower": {"batch_size": 64, "dropout": 0.3, "epochs": 2},
-    "induction": {"vocab_size": 17, "classes": 16, "max_length": 128, "pooling": "last",
-                  "dropout": 0.0, "weight_decay": 0.0, "learning_rate": 3e-3, "batch_size": 32}}
+    "sentiment140": {}, "crowdflower": {"batch_size": 64, "dropout": 0.3},
+    "induction": {"vocab_size": 17, "classes": 16, "max_length": 128, "epochs": 1, "dropout": 0.0,
+                  "pooling": "last", "weight_decay": 0.0, "learning_rate": 3e-3, "batch_size": 32}}
 
 def parse_arguments(argv=None):
     """The command line as a namespace; its `settings`: the flags of `Config` that were given."""
@@ -226,9 +226,8 @@ def scan_steps(body, state, arrays, into=None, reverse=False):
     return *(array.stack() for array in outputs), state
 
 def decays(delta, A, memory=None):
-    """exp(delta A) for each step of a chunk: delta (k, ..., d), A (n, d) -> (k, ..., n, d).
-
-    Up to half of the time of a scan is its exponentials. Here the fused method takes half of XLA's
+    """exp(delta A) for each step of a chunk: delta (k, ..., d), A (n, d) -> (k, ..., n, d). Up
+    to half of the time of a scan is its exponentials. Here the fused method takes half of XLA's
     operations: exp(x) = 2^z = 2^i 2^(z - i) with i = round(z). The second factor is a polynomial
     (relative error 1e-7); i is added to the exponent in its bits. `memory` as in `into`.
     """
@@ -288,10 +287,9 @@ def scan_chunk_gradient(A, u, delta, B, C, h, dy, g, memory=None):
 
 @compiled
 def fused_scan(A, u, delta, B, C, h):
-    """One sequence after the other, one chunk after the other.
-
-    A (n, d), u, delta (b, chunks, k, d), B, C (b, chunks, k, n), h (b, n, d) -> y without D u, the
-    state before each chunk (b, chunks, n, d), and the last h.
+    """One sequence, and in it one chunk, after the other: A (n, d), u, delta (b, chunks, k, d),
+    B, C (b, chunks, k, n), h (b, n, d) -> y without D u, the state before each chunk (b, chunks, n,
+    d), and the last h.
     """
     def chunk(state, u, delta, B, C):
         h, memory = state
@@ -333,8 +331,7 @@ def fused_gradient(A, u, delta, B, C, h, starts, dy, dlast):
 # so does the product of the single decays; and nothing is ever divided by it.
 
 def carry(total, h, A):
-    """The recurrence over chunks, x[0] = h[0], x[c+1] = exp(A total[c]) x[c] + h[c+1], by doubling.
-
+    """The recurrence over chunks, x[0] = h[0], x[c+1] = exp(A total[c]) x[c] + h[c+1], by doubling:
     total (b, chunks, 1, d), h (b, chunks + 1, n, d), A (n, d) -> x like h. After each round h spans
     twice as many chunks, and total sums delta over them (Hillis and Steele 1986).
     """
@@ -402,14 +399,12 @@ def fast_scan(u, delta, A, B, C, D, h, method):
         A, *arrays = map(tf.stop_gradient, arrays)
         shares = in_shares(functools.partial(function, A), *arrays, share=method == "auto")
         return [tf.stop_gradient(tf.concat(parts, 0)) for parts in zip(*shares)]
-
     def refuse(*_):
         raise NotImplementedError("only method='sequential' has a second derivative")
     @tf.custom_gradient
     def gradient(*arrays):
         dA, *gradients = run(backward, *arrays)
         return (tf.reduce_sum(dA, 0), *gradients), refuse
-
     @tf.custom_gradient
     def scan(*arrays):
         y, starts, last = run(forward, *arrays)
@@ -845,7 +840,10 @@ def find_preprocessed(arguments):
     auto, name = arguments.data == "auto", pathlib.Path(arguments.data).stem
     for path in sorted(arguments.data_dir.glob("*/meta.json"), key=os.path.getmtime)[::-1]:
         if path.parent.name == name or auto and path.parent.name != "induction":
-            return path.parent, json.loads(path.read_text())
+            with reading(path, "preprocess its --data again"):
+                meta = json.loads(path.read_text())
+                require({"vocabulary", "vocab_size", "max_length"} <= set(meta), "incomplete")
+            return path.parent, meta
 
 def preprocess(arguments):
     """Write {train,val,test}_tokenized.csv, tokenizer/, meta.json of `--data` -> folder, meta."""
@@ -1086,6 +1084,8 @@ def train_command(arguments, models=None):
     require(not changed, f"{data} has another {', '.join(changed)}; preprocess its --data again")
     config = Config(**{"vocab_size": meta["vocab_size"]} | DATA_DEFAULTS.get(data.name, {}) |
                     arguments.settings | {"max_length": meta["max_length"]})
+    devices = tf.distribute.get_strategy().num_replicas_in_sync
+    require(config.batch_size >= devices, f"--batch-size must be at least {devices}, the devices")
     splits = [read_tokenized(data / f"{split}_tokenized.csv", config)
               for split in ("train", "val", "test")]
     splits[0] = stratified(*splits[0], config.limit)

@@ -439,19 +439,18 @@ def test_vocabularies_are_trained_the_same_twice_read_or_refused():
         tokenizer = ms.load_tokenizer(save("vocab.txt", content))
         assert ms.tokenize(tokenizer, ["good day ö"], 6).tolist() == [[2, 5, 6, 1, 3, 0]]
     for content in ("good\n", words.replace("[UNK]", "a"), f"x\n{words}", f"{words}\nday"):
-        with pytest.raises(ms.UserError, match="bad.txt"):
-            ms.load_tokenizer(save("bad.txt", content))
+        pytest.raises(ms.UserError, ms.load_tokenizer, save("bad.txt", content)).match("bad.txt")
 
 def test_changed_data_or_settings_are_refused_until_preprocessed_and_moved_data_are_used(capsys):
-    path, ablate = tweets_file("t.csv", 60), "ablate --selection none --limit 9 --width 8 --heads 1"
+    path, train = tweets_file("t.csv", 60), "train --model lstm --limit 9 --width 8 --depth 1"
     assert main("preprocess --tokenizer train --data t.csv") == 0
     assert "60 tweets read" in capsys.readouterr().out
     path = path.rename("data/t.csv")
-    assert main(f"{ablate} --data data/t.csv") == 0 and "tweets read" not in capsys.readouterr().out
+    assert main(f"{train} --data data/t.csv") == 0 and "tweets read" not in capsys.readouterr().out
     for flags, word in (("--max-length 9", "max_length"), ("--tokenizer x", "tokenizer")):
-        refuses(capsys, f"{ablate} {flags}", "data/t", word, "preprocess")
+        refuses(capsys, f"{train} {flags}", "data/t", word, "preprocess")
     save(path, path.read_text().replace(" ok", " yes"))
-    refuses(capsys, f"{ablate} --data data/t.csv", "sha256", "preprocess")
+    refuses(capsys, f"{train} --data data/t.csv", "sha256", "preprocess")
     assert main("preprocess --tokenizer train --data data/t.csv --max-length 9") == 0
     assert pd.read_csv("data/t/val_tokenized.csv").shape[1] == 10
 
@@ -640,7 +639,8 @@ def test_two_machines_and_two_devices_train_as_one_would_and_one_writes(trained)
 import tensorflow as tf
 cpu, = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-assert ms.all_devices().num_replicas_in_sync == 2"""
+assert ms.all_devices().num_replicas_in_sync == 2
+assert ms.main(ms.parse_arguments([*sys.argv[1:], "--batch-size", "1"])) == 2"""
     with socket.create_server(("127.0.0.1", 0)) as a, socket.create_server(("127.0.0.1", 0)) as b:
         cluster = {"worker": [f"127.0.0.1:{x.getsockname()[1]}" for x in (a, b)]}
     first, second = ({"cluster": cluster, "task": {"type": "worker", "index": i}} for i in (0, 1))
@@ -648,10 +648,10 @@ assert ms.all_devices().num_replicas_in_sync == 2"""
     for folder, start, task in (("machines", "", first), ("machines", "", second),
                                 ("devices", devices, {})):
         code = f"{CODE}{start}\nsys.exit(ms.main(ms.parse_arguments(sys.argv[1:])))"
-        command = f"{LSTM} --dropout 0 --run-dir {folder}".split()
+        command = f"{LSTM} --dropout 0 --limit 160 --run-dir {folder}".split()
         processes.append(subprocess.Popen([sys.executable, "-c", code, SCRIPT.parent, *command],
                                           env=os.environ | {"TF_CONFIG": json.dumps(task)}))
-    assert main(f"{LSTM} --dropout 0 --run-dir alone") == 0
+    assert main(f"{LSTM} --dropout 0 --limit 160 --run-dir alone") == 0
     assert [process.wait(timeout=600) for process in processes] == [0] * 3
     alone, *others = (pd.read_csv(f"{name}/tweets/lstm/history.csv").drop(columns="seconds")
                       for name in ("alone", "machines", "devices"))
@@ -693,9 +693,8 @@ def test_scores_and_the_paired_test_agree_with_counts_by_hand():
 def test_evaluate_compares_the_models_and_the_readmes_code_works(trained, capsys):
     save("t.csv", "0,1,x,phones,u,sad day\n4,2,x,q,u,happy day\n4,3,x,q,u,sun\n2,4,x,q,u,we work\n")
     assert main("evaluate --test t.csv") == 0
-    blocks = re.findall("```python\n(.*?)```", SCRIPT.with_name("README.md").read_text(), re.S)
-    for code in blocks:                                         # a groupby, an export
-        exec(code.replace("sentiment140", "tweets"), names := {})
+    for code in re.findall("```python\n(.*?)```", SCRIPT.with_name("README.md").read_text(), re.S):
+        exec(code.replace("sentiment140", "tweets"), names := {})       # a groupby, an export
     out, _ = capsys.readouterr()
     for words in (*ms.MODELS, "4 tweets of t.csv, 3 with a label", "McNemar", "phones",
                   "test with mamba", "they disagree on", "macro_f1"):
@@ -758,6 +757,7 @@ def test_damaged_files_give_a_result_or_are_refused_by_name(trained):
     for name, times, read in (
             ("tweets.csv", 60, ms.read_tweets), (save("table.csv", GOOD), 60, ms.read_tweets),
             ("data/tweets/test_tokenized.csv", 60, lambda x: ms.read_tokenized(x, ms.Config())),
+            ("data/tweets/meta.json", 60, lambda _: ms.find_preprocessed(predict)),
             (words, 60, ms.load_tokenizer), ("checkpoint.npz", 10, lambda x: train_tiny(x.parent)),
             ("runs/tweets/mamba/model.keras", 10, lambda _: ms.load_trained(predict))):
         path, outcomes, whole = pathlib.Path(name), set(), pathlib.Path(name).read_bytes()
