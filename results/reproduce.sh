@@ -12,6 +12,9 @@
 # bert-base-uncased as bert-vocab.txt, and testdata.manual.2009.06.14.csv; the first two are
 # downloaded if missing.
 set -euo pipefail
+if [ $# = 0 ]; then
+    sed -n '2,/^set/p' "$0" | sed '$d'
+fi
 cd "$(dirname "$0")/.."
 mkdir -p runs
 
@@ -352,9 +355,6 @@ for name, milliseconds in found.items():
 END
 }
 
-if [ $# = 0 ]; then
-    sed -n '2,/^set/p' "$0" | sed '$d'
-fi
 for section in "$@"; do
     "$section"
 done
