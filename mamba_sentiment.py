@@ -79,9 +79,9 @@ class Config:
     selection: str = setting("delta+B+C", "what depends on the input (mamba)", choices=SELECTIONS)
     heads: int = setting(4, "attention heads (transformer)", 1)
     pooling: str = setting("mean", "how the head pools the positions", choices=("mean", "last"))
-    classes: int = setting(3, "number of classes", 2)
-    vocab_size: int = setting(30522, "rows of the embedding; train: size of the vocabulary", 2)
-    max_length: int = setting(64, "tokens per sequence; a longer tweet is truncated", 4)
+    classes: int = setting(3, "number of classes", 2, 3)
+    vocab_size: int = setting(30522, "rows of the embedding; train: those of the vocabulary", 2)
+    max_length: int = setting(64, "tokens per sequence; a longer tweet is truncated", 4, 2**16)
     dropout: float = setting(0.1, "rate after embedding and blocks, before the head", 0, 0.99)
     learning_rate: float = setting(4e-3, "peak learning rate, after the warm-up", 0)
     warmup: float = setting(0.05, "fraction of the steps with a rising learning rate", 0, 1)
@@ -133,8 +133,8 @@ def parse_arguments(argv=None):
     config = Config(**arguments.settings)
     if config.width % config.heads:
         parser.error(f"--heads must be a divisor of the width {config.width}")
-    if min(getattr(arguments, "lengths", None) or [4]) < 4:
-        parser.error("--lengths must be at least 4")
+    if not all(4 <= length <= 2**20 for length in getattr(arguments, "lengths", None) or ()):
+        parser.error(f"--lengths must be in [4, {2**20}]")
     return arguments
 
 # TensorFlow's own allocator keeps the memory of a training step for the next one. The system's
@@ -287,9 +287,8 @@ def scan_chunk_gradient(A, u, delta, B, C, h, dy, g, memory=None):
 
 @compiled
 def fused_scan(A, u, delta, B, C, h):
-    """One sequence, and in it one chunk, after the other: A (n, d), u, delta (b, chunks, k, d),
-    B, C (b, chunks, k, n), h (b, n, d) -> y without D u, the state before each chunk (b, chunks, n,
-    d), and the last h.
+    """Each sequence, chunk by chunk: A (n, d), u, delta (b, chunks, k, d), B, C (b, chunks, k,
+    n), h (b, n, d) -> y without D u, the state before each chunk (b, chunks, n, d), and the last h.
     """
     def chunk(state, u, delta, B, C):
         h, memory = state
@@ -753,7 +752,7 @@ def try_download(name, data_dir, instead):
         print(f"data: {error}; using {instead} instead", flush=True)
 
 def read_tweets(path):
-    """Read raw tweets -> DataFrame of the columns of the file, with `label` as 0, 1, 2.
+    """Read raw tweets -> DataFrame of the columns of the file, named in lower case, label 0, 1, 2.
 
     A CSV, compressed or not, in UTF-8 or latin-1: either with a header that names `text` and
     `label`, or with the six columns of Sentiment140. Else UserError.
@@ -764,7 +763,7 @@ def read_tweets(path):
         try:
             table = read(encoding="utf-8-sig")
         except UnicodeDecodeError:                          # letters of crowdflower are damaged
-            encoding = "ascii" if path.name in DOWNLOADS["crowdflower"][1].split("/") else "latin-1"
+            encoding = "ascii" if path.name.startswith("aggregatedCorpusCleaned") else "latin-1"
             table = read(encoding=encoding, encoding_errors="replace")
             print(f"data: {path} is not valid UTF-8, read as {encoding}")
         header = table.loc[0].str.strip().str.lower().replace("sentiment", "label")
@@ -772,6 +771,7 @@ def read_tweets(path):
         table.columns = ["label", "id", "date", "query", "user", "text"] if six else header
         table = table if six else table[1:]
         require({"text", "label"} <= set(table) and table.columns.is_unique, f"line 1: {[*table]}")
+        require(not {*MODELS} & {*table}, "line 1: a column has the name of a model")
         return table.assign(label=[LABEL_NUMBERS[label] for label in table.label])
 
 def clean_and_split(tweets):
@@ -848,6 +848,7 @@ def find_preprocessed(arguments):
 def preprocess(arguments):
     """Write {train,val,test}_tokenized.csv, tokenizer/, meta.json of `--data` -> folder, meta."""
     data, data_dir = arguments.data, arguments.data_dir
+    require(data != "induction" or not arguments.tokenizer, "--tokenizer goes with tweets")
     data_dir.mkdir(parents=True, exist_ok=True)
     config = Config(**DATA_DEFAULTS.get(data, {}) | arguments.settings)
     if data == "auto":
@@ -920,7 +921,7 @@ CHECKPOINT_SECONDS = 120
 
 def make_optimizer(model, steps):
     """AdamW. Its learning rate rises linearly, then falls as a cosine; decay is for matrices."""
-    c, warmup = model.config, max(1, round(model.config.warmup * steps))
+    c, warmup = model.config, round(model.config.warmup * steps)
     rate = keras.optimizers.schedules.CosineDecay(
         0.0, max(1, steps - warmup), warmup_target=c.learning_rate, warmup_steps=warmup)
     optimizer = keras.optimizers.AdamW(rate, weight_decay=c.weight_decay)
@@ -940,11 +941,9 @@ def machine():
 
 def all_devices():
     """The `tf.distribute` strategy of all there is: machines (in TF_CONFIG), GPUs, or this CPU."""
-    try:
+    with reading("TF_CONFIG", "unset it to use this machine alone"):
         if json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster"):
             return tf.distribute.MultiWorkerMirroredStrategy()
-    except (ValueError, AttributeError, KeyError) as error:
-        print(f"TF_CONFIG is not understood ({one_line(error)}); using this machine alone")
     os.environ.pop("TF_CONFIG", None)                       # `MirroredStrategy` would read it
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
     return tf.distribute.MirroredStrategy() if devices[1:] else tf.distribute.get_strategy()
@@ -1115,7 +1114,7 @@ def load_trained(arguments):
         path = run / name / "model.keras"
         with reading(path, f"create it with python mamba_sentiment.py train --model {name}"):
             trained = json.loads(path.with_name("metrics.json").read_text())
-            require(trained["vocabulary"] == meta["vocabulary"], "trained with another vocabulary")
+            require(meta.items() <= trained.items(), "trained with other data")
             models[name] = keras.models.load_model(path, compile=False)     # runs no code in it
     return data, run, models
 
@@ -1124,6 +1123,7 @@ def evaluate_command(arguments):
     data, run, models = load_trained(arguments)
     names = list(models)
     require(bool(arguments.lengths) == (data.name == "induction"), "--lengths goes with induction")
+    require(not (arguments.lengths and arguments.test), "--test goes with tweets")
     if arguments.lengths:
         table = pd.DataFrame({"model": names}, index=names)
         for length, (name, model) in itertools.product(arguments.lengths, models.items()):
@@ -1142,7 +1142,7 @@ def evaluate_command(arguments):
         table = pd.DataFrame({"label": labels, "text": tokenizer.decode_batch(ids.tolist())})
     for name, model in models.items():
         table[name] = predict_logits(model, ids).argmax(1)
-    known = table[table.label.isin(pd.read_csv(data / "val_tokenized.csv").label)]
+    known = table[table.label.isin(read_tokenized(data / "val_tokenized.csv", config)[1])]
     print(f"{len(table):,} tweets of {path}, {len(known):,} with a label that occurs in training")
     require(len(known), f"no tweet of {path} has a label that occurs in training")
     atomic_write(run / "predictions.csv", table.to_csv, index=False)

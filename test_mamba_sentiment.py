@@ -98,7 +98,7 @@ def test_help_and_mistakes_answer_before_tensorflow_is_loaded_in_one_line():
     ("ablate --width 30", "heads"), ("bench --lengths 0", "--lengths"), ("ablate --limit -5", "-5"),
     ("ablate --dropout 1.5", "dropout: must be in [0, 0.99], not 1.5"),
     ("ablate --dropout nan", "dropout"), ("ablate --width 0", "width"),
-    ("ablate --selection A", "delta+B+C")])
+    ("ablate --selection A", "delta+B+C"), ("evaluate --lengths 9999999", "--lengths")])
 def test_a_wrong_command_line_is_one_line_and_status_2(capsys, arguments, words):
     refuses(capsys, arguments, words)
 
@@ -149,8 +149,7 @@ def scan_results(method, case):
 
 def scan_case(shape, delta=(0.001, 0.1), rate=(1, 16)):
     """Random u, delta, A, B, C, D, initial h; delta and -A log-uniform between the bounds."""
-    b, l, d, n = shape
-    r = np.random.default_rng(l)
+    (b, l, d, n), r = shape, np.random.default_rng(shape[1])
     u, B, C, D, h = map(r.standard_normal, ((b, l, d), (b, l, n), (b, l, n), d, (b, d, n)))
     delta = np.exp(r.uniform(*np.log(delta), (b, l, d)))
     A = -np.exp(r.uniform(*np.log(rate), (d, n)))
@@ -211,8 +210,7 @@ def test_fused_scan_takes_inputs_as_parameters_holds_no_states_and_is_not_unroll
     lines = []
     for length, function in itertools.product((512, 1024), (ms.selective_scan, ms.scan_gradient)):
         call = tf.function(lambda *x: function(*x, method="fused"), jit_compile=True)
-        ir = call.experimental_get_compiler_ir(*ms.scan_inputs(2, length, 24, 16))
-        text = ir("optimized_hlo")
+        text = call.experimental_get_compiler_ir(*ms.scan_inputs(2, length, 24))("optimized_hlo")
         for shape in re.findall(r"f32\[([\d,]+)\]", text):
             assert math.prod(map(int, shape.split(","))) < 2 * length * 24 * 16 / 8
         assert "entry_computation_layout={(f32" in text         # else XLA took them as constants
@@ -405,7 +403,7 @@ def test_a_table_of_tweets_is_read_right(capsys, name, content, expected):
 @pytest.mark.parametrize("name, content, words", [
     ("b.csv", "", ["No columns"]), ("b.csv", "text,Text,label\na,b,0\n", ["line 1", "text"]),
     ("b.csv", "a,b,c\n1,2,3\n", ["line 1", "'a', 'b', 'c'", "text", "label"]),
-    ("b.csv", GOOD + "C,\n", ["expected", "negative"]),
+    ("b.csv", GOOD + "C,\n", ["expected", "negative"]), ("b.csv", "text,label,ssm\n", ["model"]),
     ("b.csv", GOOD + '"C,positive\n', ["row 3"]), ("b.csv", GOOD + "C\n", ["expected", "''"]),
     ("b.csv", GOOD + "C,negative,x\n", ["line 4", "2 fields"]),
     ("b.csv", GOOD + "C,unsure\n", ["unsure", "neutral"]), ("b.csv", "text,label\nA,1\n", ["'1'"]),
@@ -658,11 +656,13 @@ assert ms.main(ms.parse_arguments([*sys.argv[1:], "--batch-size", "1"])) == 2"""
     np.testing.assert_allclose(others, [alone, alone], atol=1e-4)
     assert sorted(os.listdir("machines/tweets/lstm")) == FILES
 
-def test_an_odd_tf_config_is_ignored_and_the_device_named(monkeypatch, capsys):
-    for text, said in (("", 0), ("{}", 0), ('{"task": 1}', 0), ("x", 1), ("[1]", 1)):
+def test_an_odd_tf_config_is_refused_and_the_device_named(monkeypatch, capsys):
+    for text in ("x", "[1]", '{"cluster": ["a"]}'):
+        monkeypatch.setenv("TF_CONFIG", text)
+        refuses(capsys, LSTM, "TF_CONFIG", "unset")
+    for text in ("", "{}", '{"task": 1}'):
         monkeypatch.setenv("TF_CONFIG", text)
         assert ms.all_devices().num_replicas_in_sync == 1
-        assert ("TF_CONFIG" in capsys.readouterr().out) == said
     assert re.search(r"\d+ cores, TensorFlow", ms.machine()) and capsys.readouterr().out == ""
     save("nvidia-smi", "#!/bin/sh\n").chmod(0o755)
     monkeypatch.setenv("PATH", os.getcwd(), prepend=os.pathsep)
@@ -731,14 +731,13 @@ def test_what_is_not_trained_does_not_fit_or_brings_code_is_refused(trained, cap
     pathlib.Path("ran").unlink(missing_ok=True)
     refuses(capsys, "predict hi", "model.keras", "Lambda", "train")
     assert not os.path.exists("ran")
-    metrics = (FIRST / "metrics.json").read_text()
-    save(FIRST / "metrics.json", metrics.replace('"vocabulary": "', '"vocabulary": "another'))
-    refuses(capsys, "predict hi --model lstm", "another vocabulary")
+    save("tweets.csv", pathlib.Path("tweets.csv").read_text().replace(" ok", " yes"))
+    assert main("preprocess --data tweets.csv --tokenizer data/tweets/tokenizer") == 0
+    refuses(capsys, "predict hi --model lstm", "trained with other data")
 
 def test_predict_takes_arguments_and_any_bytes_and_steers_no_terminal(trained, monkeypatch, capsys):
     assert main("predict", "love the great sun today", "awful pain, I cry", "!!! @x") == 0
-    first, second, _ = capsys.readouterr().out.splitlines()
-    assert first.startswith("positive") and second.startswith("negative")
+    assert re.fullmatch("positive .*\nnegative .*\n.*\n", capsys.readouterr().out)
     tweets = [b"great sun", b"", b"\x00\x1b[31m lost\r", b"\xff\xfe\xfd", b"love the caf\xe9",
               "\u202eabc \u05e9 \U0001f642".encode(), b"x" * 1_000_000]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(tweets))))
@@ -785,6 +784,7 @@ def test_ablate_trains_each_selection_once_and_keeps_a_table_and_a_figure(monkey
     assert list(pd.read_csv("runs/induction/lengths.csv")) == ["model", "20"]
     assert os.path.getsize("runs/induction/ablate/ablate.png") > 9999
     refuses(capsys, "predict hi --data induction", "tokenizer")
+    refuses(capsys, "evaluate --data induction --lengths 20 --test x", "--test")
 
 def test_bench_writes_a_row_for_each_model_length_and_method(monkeypatch):
     for name, value in (("METHODS", ("fused",)),
