@@ -763,7 +763,8 @@ def read_tweets(path):
         try:
             table = read(encoding="utf-8-sig")
         except UnicodeDecodeError:                          # letters of crowdflower are damaged
-            encoding = "ascii" if path.name.startswith("aggregatedCorpusCleaned") else "latin-1"
+            crowdflower = pathlib.Path(DOWNLOADS["crowdflower"][1]).name    # or compressed
+            encoding = "ascii" if path.name.startswith(crowdflower) else "latin-1"
             table = read(encoding=encoding, encoding_errors="replace")
             print(f"data: {path} is not valid UTF-8, read as {encoding}")
         header = table.loc[0].str.strip().str.lower().replace("sentiment", "label")
@@ -954,6 +955,7 @@ def training_step(model, optimizer):
     """
     c, strategy = model.config, tf.distribute.get_strategy()
     devices = strategy.num_replicas_in_sync
+    require(c.batch_size >= devices, f"--batch-size must be at least {devices}, the devices")
 
     @compiled
     def gradients(rows, ids, labels):
@@ -1083,8 +1085,6 @@ def train_command(arguments, models=None):
     require(not changed, f"{data} has another {', '.join(changed)}; preprocess its --data again")
     config = Config(**{"vocab_size": meta["vocab_size"]} | DATA_DEFAULTS.get(data.name, {}) |
                     arguments.settings | {"max_length": meta["max_length"]})
-    devices = tf.distribute.get_strategy().num_replicas_in_sync
-    require(config.batch_size >= devices, f"--batch-size must be at least {devices}, the devices")
     splits = [read_tokenized(data / f"{split}_tokenized.csv", config)
               for split in ("train", "val", "test")]
     splits[0] = stratified(*splits[0], config.limit)

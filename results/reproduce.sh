@@ -111,12 +111,11 @@ induction() {                               # trained on 128 tokens, tested at o
             mamba ablate --data induction --selection "$selection" --seed "$seed" \
                 --run-dir "runs/seed/$seed"
         done
+    done
+    for seed in 0 1 2; do
         for model in ssm lstm; do
             mamba train --data induction --model "$model" --seed "$seed" --run-dir "runs/seed/$seed"
         done
-    done
-    for model in ssm lstm; do
-        mamba train --data induction --model "$model"
     done
     for each in 3e-3 1e-3 3e-4 1e-4; do
         mamba train --data induction --model transformer --learning-rate "$each" \
