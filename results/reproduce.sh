@@ -78,7 +78,9 @@ main() {                                    # all tweets, two epochs, three seed
     collect runs/main main
     mamba evaluate --data sentiment140 --run-dir runs/main/0 \
         --test data/testdata.manual.2009.06.14.csv | tee results/manual.txt
-    mamba evaluate --data sentiment140 --run-dir runs/main/0 | tee results/evaluation.txt
+    for seed in 0 1 2; do
+        mamba evaluate --data sentiment140 --run-dir "runs/main/$seed"
+    done | tee results/evaluation.txt
 }
 
 one() {                                     # all tweets, one epoch, three seeds
