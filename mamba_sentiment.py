@@ -32,6 +32,7 @@ For Mamba alone read sections 2 to 4. Left out: language models, step-by-step in
 """
 import argparse
 import contextlib
+import csv
 import dataclasses
 import functools
 import hashlib
@@ -80,7 +81,7 @@ class Config:
     heads: int = setting(4, "attention heads (transformer)", 1)
     pooling: str = setting("mean", "how the head pools the positions", choices=("mean", "last"))
     classes: int = setting(3, "number of classes", 2, 3)
-    vocab_size: int = setting(30522, "rows of the embedding; train: those of the vocabulary", 2)
+    vocab_size: int = setting(30522, "size of the vocabulary; train takes that of the data", 2)
     max_length: int = setting(64, "tokens per sequence; a longer tweet is truncated", 4, 2**16)
     dropout: float = setting(0.1, "rate after embedding and blocks, before the head", 0, 0.99)
     learning_rate: float = setting(4e-3, "peak learning rate, after the warm-up", 0)
@@ -132,16 +133,16 @@ def parse_arguments(argv=None):
     arguments.settings = {name: x for name, x in vars(arguments).items() if hasattr(Config, name)}
     config = Config(**arguments.settings)
     if config.width % config.heads:
-        parser.error(f"--heads must be a divisor of the width {config.width}")
-    if not all(4 <= length <= 2**20 for length in getattr(arguments, "lengths", None) or ()):
-        parser.error(f"--lengths must be in [4, {2**20}]")
+        parser.error(f"--heads must be a divisor of the width {config.width}, not {config.heads}")
+    for length in getattr(arguments, "lengths", None) or ():
+        if not 4 <= length <= 2**20:
+            parser.error(f"--lengths must be in [4, {2**20}], not {length}")
     return arguments
 
-# TensorFlow's own allocator keeps the memory of a training step for the next one. The system's
-# allocator returns it and requests it again, which took 40 % of the time of a step.
-os.environ |= {"TF_CPU_ALLOCATOR_USE_BFC": "true", "TF_CPP_MIN_LOG_LEVEL": "3",
-               "KERAS_BACKEND": "tensorflow"} | os.environ
-if os.environ["KERAS_BACKEND"] != "tensorflow":
+# TensorFlow's own allocator keeps memory from step to step, which spares 40 % of their time.
+os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if os.environ.setdefault("KERAS_BACKEND", "tensorflow") != "tensorflow":
     raise SystemExit("the backend of Keras must be TensorFlow; unset KERAS_BACKEND")
 if __name__ == "__main__":
     ARGUMENTS = parse_arguments()
@@ -163,7 +164,7 @@ tf.get_logger().setLevel("ERROR")
 #
 #     h'(t) = A h(t) + B u(t),      y(t) = C . h(t)                           (the paper's eq. 1)
 #
-# A is diagonal: n decay rates. The positions of a text are steps of a size delta. Over a step in
+# A is diagonal: n decay rates. Each token is one step of time, of size delta. Over a step in
 # which u does not change (zero-order hold, eq. 4), h decays by exp(delta A), and u contributes
 # B (exp(delta A) - 1) / A. As in the official code, the latter is taken as delta B, its limit for
 # small delta. A skip connection D u is added to y:
@@ -203,13 +204,15 @@ def sequential_scan(u, delta, A, B, C, D, h):
 # data of u, go through memory at each step, and again for the gradient. The fast methods work on
 # chunks of a few steps. In `fused` the states of a chunk, laid out (n, d), stay in the cache; only
 # y leaves it. The gradient computes them again from the state before each chunk, which is stored
-# (the paper's section 3.3.2). All chunks share memory, since XLA fills new memory with zeros.
+# (the paper's section 3.3.2). Both methods call `scan_chunk` and its gradient: fused on one chunk
+# (k, d) after another, in the same buffers, since XLA fills new ones with zeros; parallel on all
+# chunks at once, (k, b, chunks, d), with the loop unrolled.
 
 def scan_steps(body, state, arrays, into=None, reverse=False):
-    """`for t in range(steps): state, outputs[t] = body(state, *(x[t] for x in arrays))`.
+    """Like `jax.lax.scan`: state, outputs[t] = body(state, *(x[t] for x in arrays)) for each t.
 
-    Returns (*outputs, state). `into`: for each output a tensor of its shape and dtype; the output
-    takes its memory, unless the tensor is needed afterwards. None: unrolled, of a known length.
+    Returns (*outputs, state). `into`: for each output a tensor of its shape and dtype, whose memory
+    it reuses (XLA copies the tensor if it is needed later). None: the loop is unrolled.
     """
     steps = keras.ops.shape(arrays[0])[0]
     if into is None:
@@ -225,25 +228,25 @@ def scan_steps(body, state, arrays, into=None, reverse=False):
     _, state, outputs = tf.while_loop(lambda i, *_: i < steps, step, (0, state, outputs))
     return *(array.stack() for array in outputs), state
 
-def decays(delta, A, memory=None):
+def decays(delta, A, buffer=None):
     """exp(delta A) for each step of a chunk: delta (k, ..., d), A (n, d) -> (k, ..., n, d). Up
     to half of the time of a scan is its exponentials. Here the fused method takes half of XLA's
     operations: exp(x) = 2^z = 2^i 2^(z - i) with i = round(z). The second factor is a polynomial
-    (relative error 1e-7); i is added to the exponent in its bits. `memory` as in `into`.
+    (relative error 1e-7); i is added to the exponent in its bits. `buffer`: reused, as `into`.
     """
     def decay(_, delta):
         z = delta[..., None, :] * scaled
-        z = tf.where(z < -127.0, -127.0, tf.where(z > 128.0, 128.0, z))     # these give 0, infinity
+        z = tf.where(z < -127.0, -127.0, tf.where(z > 128.0, 128.0, z))     # 0, infinity; NaN stays
         power = tf.math.polyval([0.00132647271, 0.00967151286, 0.0555073375, 0.240222421,
                                  0.693146978, 1.0], z - tf.round(z))        # highest power first
         # In z + 1.5 * 2^23 the lowest bits are i. The exponent starts at the 23rd bit.
         i = tf.bitcast(z + 1.5 * 2**23, tf.int32)
         bits = tf.bitcast(power, tf.int32) + tf.bitwise.left_shift(i, 23)
         return 0, [tf.bitcast(bits, tf.float32)]
-    if A.dtype == tf.float64 or memory is None:             # None: parallel
+    if A.dtype == tf.float64 or buffer is None:             # None: parallel
         return tf.exp(delta[..., None, :] * A)
     scaled = A / math.log(2)
-    return scan_steps(decay, 0, [delta], [memory])[0]       # else XLA splits it among the cores
+    return scan_steps(decay, 0, [delta], [buffer])[0]       # so that XLA keeps it on one core
 
 def scan_chunk(a, v, B, C, h, into=None):
     """The recurrence over a chunk: a = exp(delta A) (k, ..., n, d), v = delta u (k, ..., d), B, C
@@ -254,11 +257,11 @@ def scan_chunk(a, v, B, C, h, into=None):
         return h, [tf.reduce_sum(C[..., None] * h, -2)]
     return scan_steps(step, h, (a, v, B, C), into)
 
-def scan_chunk_gradient(A, u, delta, B, C, h, dy, g, memory=None):
+def scan_chunk_gradient(A, u, delta, B, C, h, dy, g, buffers=None):
     """The gradient of `scan_chunk`; dy (k, ..., d), g (..., n, d): those of y and of the last h.
 
     Returns the gradients of A (..., n, d; summed over "..." by the caller), [u, delta, B, C] and h.
-    In fused, the three arrays of `memory`, (k, n, d), are reused and returned.
+    In fused, the three arrays of `buffers`, (k, n, d), are reused and returned.
     With a[t] = exp(delta[t] A), kept[t] = a[t] h[t-1] and g[t] the gradient of h[t]:
 
         g[t]      = C[t] dy[t] + a[t+1] g[t+1]                   backwards, from that of the last h
@@ -275,9 +278,9 @@ def scan_chunk_gradient(A, u, delta, B, C, h, dy, g, memory=None):
     def backward(g, a, C, dy):
         g += C[..., None] * dy[..., None, :]
         return a * g, [g]
-    a, v = decays(delta, A, memory and memory[0]), delta * u
-    kept, _ = scan_steps(forward, h, (a, v, B), memory and [memory[1]])     # (k, ..., n, d)
-    g, dh = scan_steps(backward, g, (a, C, dy), memory and [memory[2]], reverse=True)   # like kept
+    a, v = decays(delta, A, buffers and buffers[0]), delta * u
+    kept, _ = scan_steps(forward, h, (a, v, B), buffers and [buffers[1]])   # (k, ..., n, d)
+    g, dh = scan_steps(backward, g, (a, C, dy), buffers and [buffers[2]], reverse=True)
     gB = tf.reduce_sum(g * B[..., None], -2)
     dA = tf.reduce_sum(g * kept * delta[..., None, :], 0)
     ddelta = u * gB + tf.reduce_sum(g * kept * A, -2)
@@ -291,37 +294,36 @@ def fused_scan(A, u, delta, B, C, h):
     n), h (b, n, d) -> y without D u, the state before each chunk (b, chunks, n, d), and the last h.
     """
     def chunk(state, u, delta, B, C):
-        h, memory = state
-        memory = decays(delta, A, memory)
-        y, last = scan_chunk(memory, delta * u, B, C, h, [u])
-        return (last, memory), [y, h]
-    def sequence(memory, u, delta, B, C, starts, h):
-        y, starts, (h, memory) = scan_steps(chunk, (h, memory), (u, delta, B, C), [u, starts])
-        return memory, [y, starts, h]
-    memory = tf.zeros_like(delta[0, 0, :, None] * A)                        # (k, n, d)
+        h, a = state                                        # a: its memory is reused
+        a = decays(delta, A, a)
+        y, last = scan_chunk(a, delta * u, B, C, h, [u])
+        return (last, a), [y, h]
+    def sequence(a, u, delta, B, C, starts, h):
+        y, starts, (h, a) = scan_steps(chunk, (h, a), (u, delta, B, C), [u, starts])
+        return a, [y, starts, h]
+    a = tf.zeros_like(delta[0, 0, :, None] * A)                             # (k, n, d)
     starts = tf.zeros_like(delta[:, :, :1] * A)                             # (b, chunks, n, d)
-    return scan_steps(sequence, memory, (u, delta, B, C, starts, h), [u, starts, h])[:3]
+    return scan_steps(sequence, a, (u, delta, B, C, starts, h), [u, starts, h])[:3]
 
 @compiled
 def fused_gradient(A, u, delta, B, C, h, starts, dy, dlast):
     """The gradients of A (1, n, d; parallel: b; to be summed), u, delta, B, C, h = starts[:, 0]."""
     def chunk(state, *arrays):
-        dA, g, memory = state
-        more, gradients, g, memory = scan_chunk_gradient(A, *arrays, g, memory)
-        return (dA + more, g, memory), gradients
+        dA, g, buffers = state
+        dA_chunk, gradients, g, buffers = scan_chunk_gradient(A, *arrays, g, buffers)
+        return (dA + dA_chunk, g, buffers), gradients
     def sequence(state, u, delta, B, C, starts, dy, g):
-        *gradients, (dA, g, memory) = scan_steps(
+        *gradients, (dA, g, buffers) = scan_steps(
             chunk, (state[0], g, state[1]), (u, delta, B, C, starts, dy), [u, delta, B, C], True)
-        return (dA, memory), [*gradients, g]
-    memory = 3 * (tf.zeros_like(delta[0, 0, :, None] * A),)                 # (k, n, d) each
+        return (dA, buffers), [*gradients, g]
+    buffers = 3 * (tf.zeros_like(delta[0, 0, :, None] * A),)                # (k, n, d) each
     arrays = u, delta, B, C, starts, dy, dlast
-    *gradients, (dA, _) = scan_steps(sequence, (0 * A, memory), arrays, [u, delta, B, C, h])
+    *gradients, (dA, _) = scan_steps(sequence, (0 * A, buffers), arrays, [u, delta, B, C, h])
     return dA[None], *gradients
 
 # On a GPU each step of a loop launches kernels, and there are l steps. Instead, treat each chunk as
-# a separate sequence that starts from h = 0, and run all chunks at once: 8 steps instead of l. They
-# are unrolled (half the time of a loop for 4,096 tokens). The gradient holds all states in memory.
-# What these local states lack is linear in h_in, the state before the chunk:
+# a separate sequence that starts from h = 0, and run all chunks at once: 8 steps, unrolled. What
+# these local states lack is linear in h_in, the state before the chunk:
 #
 #     h[t] = local h[t] + exp(A S[t]) h_in,      S[t] = delta[0] + ... + delta[t] within the chunk
 #
@@ -344,17 +346,17 @@ def carry(total, h, A):
 
 @compiled
 def parallel_scan(A, u, delta, B, C, h):
-    """All chunks at once; same arguments and results as `fused_scan`."""
+    """All chunks at once; arguments and results of `fused_scan`."""
     u, delta, B, C = (tf.transpose(x, (2, 0, 1, 3)) for x in (u, delta, B, C))      # (k, b, ...)
     S = tf.cumsum(delta, 0)[..., None, :]                                   # (k, b, chunks, 1, d)
     y, local = scan_chunk(decays(delta, A), delta * u, B, C, tf.zeros_like(S[-1] * A))
     ends = carry(S[-1], tf.concat([h[:, None], local], 1), A)               # (b, chunks + 1, n, d)
-    y += tf.reduce_sum(C[..., None] * tf.exp(S * A) * ends[:, :-1], -2)     # XLA stores y alone
+    y += tf.reduce_sum(C[..., None] * tf.exp(S * A) * ends[:, :-1], -2)     # XLA fuses this
     return tf.transpose(y, (1, 2, 0, 3)), ends[:, :-1], ends[:, -1]
 
 @compiled
 def parallel_gradient(A, u, delta, B, C, h, starts, dy, dlast):
-    """All chunks and states at once; same arguments and results as `fused_gradient`."""
+    """All chunks at once, with all states in memory; arguments and results of `fused_gradient`."""
     u, delta, B, C, dy = (tf.transpose(x, (2, 0, 1, 3)) for x in (u, delta, B, C, dy))
     S = tf.cumsum(delta, 0)[..., None, :]
     # g[c], the gradient of the state before chunk c, comes through y and the state after it:
@@ -365,20 +367,20 @@ def parallel_gradient(A, u, delta, B, C, h, starts, dy, dlast):
     dA, gradients, _, _ = scan_chunk_gradient(A, u, delta, B, C, starts, dy, g[:, 1:])
     return tf.reduce_sum(dA, 1), *(tf.transpose(x, (1, 2, 0, 3)) for x in gradients), g[:, 0]
 
-# The fast methods: the scan, its gradient, and the most steps of a chunk.
+# The fast methods: the scan, its gradient, and the maximal number of steps of a chunk.
 FAST = dict(fused=(fused_scan, fused_gradient, 16), parallel=(parallel_scan, parallel_gradient, 8))
 
 def fast_method():
     """The method that is faster here: parallel where TensorFlow has a GPU, else fused."""
     return "parallel" if tf.config.list_physical_devices("GPU") else "fused"
 
-def in_shares(function, *arrays, share=True):
-    """[function(*share)] for shares of a batch (axis 0): one per core, at most 8; on a GPU one. XLA
+def in_shards(function, *arrays, shard=True):
+    """[function(*shard)] for shards of a batch (axis 0): one per core, at most 8; on a GPU one. XLA
     runs a loop over time on one core; several calls in a plain `tf.function` run in parallel.
     """
     batch = arrays[0].shape[0]
-    shares = min(8, os.cpu_count(), batch or 1) if share and fast_method() == "fused" else 1
-    cuts = [0, *(batch * i // shares for i in range(1, shares)), None]
+    shards = min(8, os.cpu_count(), batch or 1) if shard and fast_method() == "fused" else 1
+    cuts = [0, *(batch * i // shards for i in range(1, shards)), None]
     return [function(*(x[i:j] for x in arrays)) for i, j in itertools.pairwise(cuts)]
 
 # Eager calls run this as a `tf.function`. Inside another `tf.function` it has to be inlined: XLA
@@ -387,17 +389,17 @@ def in_shares(function, *arrays, share=True):
 def fast_scan(u, delta, A, B, C, D, h, method):
     """A fast method with its layout and its gradient; same arrays as `sequential_scan`."""
     batch, length, channels = keras.ops.shape(u)
-    forward, backward, most = FAST[fast_method() if method == "auto" else method]
-    chunks = -(-length // most)
-    steps = most if forward is parallel_scan else -(-length // chunks)      # unrolled: a number
+    forward, backward, max_steps = FAST[fast_method() if method == "auto" else method]
+    chunks = -(-length // max_steps)
+    steps = max_steps if forward is parallel_scan else -(-length // chunks)     # unrolled: an int
     def cut(x):                     # (b, l, .) -> (b, chunks, k, .); delta = 0 leaves h as it is
         x = tf.pad(x, ((0, 0), (0, chunks * steps - length), (0, 0)))
         return tf.reshape(x, (batch, chunks, steps, x.shape[2]))
     def run(function, *arrays):
         # Without `tf.stop_gradient` TensorFlow would prepare to differentiate the loops itself.
         A, *arrays = map(tf.stop_gradient, arrays)
-        shares = in_shares(functools.partial(function, A), *arrays, share=method == "auto")
-        return [tf.stop_gradient(tf.concat(parts, 0)) for parts in zip(*shares)]
+        shards = in_shards(functools.partial(function, A), *arrays, shard=method == "auto")
+        return [tf.stop_gradient(tf.concat(parts, 0)) for parts in zip(*shards)]
     def refuse(*_):
         raise NotImplementedError("only method='sequential' has a second derivative")
     @tf.custom_gradient
@@ -420,14 +422,13 @@ def selective_scan(u, delta, A, B, C, D=None, *, initial_state=None, return_stat
         h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]
         y[t] = C[t] . h[t] + D u[t]
 
-    u, delta          (b, l, d), float; delta not negative. A step with delta = 0 is skipped:
-                      the state stays as it is
+    u, delta          (b, l, d), float; delta not negative; delta = 0 leaves the state as it is
     A                 (d, n), negative
     B, C              (b, l, n)
     D                 (d,) or None
     initial_state     (b, d, n), the state before t = 0; None: zeros
     method            "sequential", "fused", "parallel", or "auto": parallel where TensorFlow
-                      has a GPU, else fused, with a share of the batch on each CPU core
+                      has a GPU, else fused, with a shard of the batch on each CPU core
 
     Returns y (b, l, d) in the dtype of u or, with `return_state`, (y, last state (b, d, n)).
     Computes in float32 (float64 if u is float64). Differentiable in every argument and through the
@@ -460,6 +461,7 @@ def linear_init(shrink=1.0):
     """Uniform on ±shrink / sqrt(fan_in), as in PyTorch and so in the official code."""
     return keras.initializers.VarianceScaling(shrink ** 2 / 3, "fan_in", "uniform")
 
+@keras.saving.register_keras_serializable("mamba_sentiment")
 class MambaBlock(keras.layers.Layer):
     """The Mamba block (the paper's figure 3 and section 3.4): (b, l, w) -> (b, l, w).
 
@@ -483,7 +485,6 @@ class MambaBlock(keras.layers.Layer):
                               out_proj
 
     config: a `Config`, or a dict of settings, with which Keras can save a model with this layer.
-    To load one, pass custom_objects={"MambaBlock": MambaBlock}.
     mask (b, l), optional: False at padding, on the left or the right, which is then skipped.
     """
     def __init__(self, config, **kwargs):
@@ -516,9 +517,9 @@ class MambaBlock(keras.layers.Layer):
         self.x_proj = self.add_weight((d, r + 2 * n), linear_init(), name="x_proj")
         self.dt_proj = self.add_weight((r, d), linear_init(), name="dt_proj")
         # For the ablation: what does not depend on u is a learned constant, initialized as in S4D.
-        starts = {"delta": "zeros", "B": "ones", "C": keras.initializers.RandomNormal(stddev=1.0)}
-        self.constants = {key: self.scan_weight((self.sizes[key],), start, name=f"constant_{key}")
-                          for key, start in starts.items() if key not in self.config.selection}
+        initial = {"delta": "zeros", "B": "ones", "C": keras.initializers.RandomNormal(stddev=1.0)}
+        self.constants = {key: self.scan_weight((self.sizes[key],), value, name=f"constant_{key}")
+                          for key, value in initial.items() if key not in self.config.selection}
 
     def call(self, x, mask=None):
         u, gate = tf.split(tf.tensordot(x, self.in_proj, 1), 2, -1)         # (b, l, d) each
@@ -539,7 +540,7 @@ class MambaBlock(keras.layers.Layer):
         delta, B, C = selected.values()
         delta = tf.tensordot(delta, tf.cast(self.dt_proj, self.scan_dtype), 1)
         delta = tf.nn.softplus(delta + self.dt_bias)                        # (b, l, d)
-        # Not "auto": the classifier gives each core a share of the batch already.
+        # Not "auto": the classifier gives each core a shard of the batch already.
         return selective_scan(u, delta, -tf.exp(self.A_log), B, C, self.D, method=fast_method())
 
 class SSMBlock(MambaBlock):
@@ -570,9 +571,9 @@ class SSMBlock(MambaBlock):
         return tf.cast(tf.linalg.matrix_transpose(y) + self.D * tf.cast(u, dtype), u.dtype)
 
 class AttentionBlock(keras.layers.Layer):
-    """The Transformer's first half: bidirectional self-attention over the real positions.
+    """The Transformer's first half: bidirectional self-attention, (b, l, w) -> (b, l, w).
 
-    Sinusoidal position encodings (Vaswani et al. 2017) are added to queries and keys.
+    Masks padding. Adds sinusoidal position encodings (Vaswani et al. 2017) to queries and keys.
     """
     def __init__(self, config, dtype=None):
         super().__init__(dtype=dtype)
@@ -649,8 +650,8 @@ class TweetClassifier(keras.Model):
 
     @tf.function(autograph=False)
     def logits(self, ids):
-        """Inference: the model compiled, with a share of the batch on each core."""
-        return tf.concat(in_shares(compiled(self), ids), 0)
+        """Compiled inference, a shard of the batch on each core: (b, l) -> (b, classes)."""
+        return tf.concat(in_shards(compiled(self), ids), 0)
 
     def get_config(self):
         return {"block": self.block, "config": dataclasses.asdict(self.config)}
@@ -688,7 +689,7 @@ def require(condition, message):
 
 @contextlib.contextmanager
 def reading(path, advice):
-    """Turn any error while the content of `path` is read into a UserError that names it."""
+    """Turn any error in the block into a UserError that names `path` (a file, URL or variable)."""
     try:
         yield
     except Exception as error:              # pandas, zipfile, tokenizers ... have no common class
@@ -703,10 +704,8 @@ def sha256(path):
     return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
 
 def atomic_write(path, write, **options):
-    """`write(temporary path, **options)`, then rename it to `path`, which is there whole or not at
-    all. Of several machines, only one writes.
-    """
-    partial = path.with_name(f".{path.name}")
+    """`write(path, **options)`, but atomically. Of several machines, only one writes."""
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
     if tf.distribute.get_strategy().extended.should_checkpoint:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial, **options)
@@ -727,8 +726,8 @@ def download(name, data_dir):
     """The path of a file of DOWNLOADS in `data_dir`, compressed or not; downloaded if missing."""
     source, member, digest = DOWNLOADS[name]
     path = data_dir / pathlib.Path(member).name
-    for found in sorted(data_dir.glob(f"{path.name}*")):
-        return found
+    if found := sorted(filter(pathlib.Path.is_file, data_dir.glob(f"{path.name}*"))):
+        return found[0]
     with (reading(source, f"put the file at {path} yourself"),
           tempfile.TemporaryDirectory(dir=data_dir) as folder):
         if source.startswith("http"):
@@ -762,8 +761,8 @@ def read_tweets(path):
                        "positive, or 0, 2, 4) once each, or with six columns as in Sentiment140"):
         try:
             table = read(encoding="utf-8-sig")
-        except UnicodeDecodeError:                          # letters of crowdflower are damaged
-            crowdflower = pathlib.Path(DOWNLOADS["crowdflower"][1]).name    # or compressed
+        except UnicodeDecodeError:                  # of CrowdFlower's file only ASCII is intact
+            crowdflower = pathlib.Path(DOWNLOADS["crowdflower"][1]).name
             encoding = "ascii" if path.name.startswith(crowdflower) else "latin-1"
             table = read(encoding=encoding, encoding_errors="replace")
             print(f"data: {path} is not valid UTF-8, read as {encoding}")
@@ -817,7 +816,7 @@ def load_tokenizer(spec, data_dir=None, training_texts=()):
     return tokenizers.BertWordPieceTokenizer(tokenizer.get_vocab())     # letters are ordinary again
 
 def tokenize(tokenizer, texts, max_length):
-    """Clean texts -> int32 token ids (tweets, max_length), cut or padded with 0 on the right."""
+    """Clean texts -> int32 token ids (tweets, max_length), truncated or padded with 0."""
     tokenizer.enable_truncation(max_length)
     tokenizer.enable_padding(length=max_length)
     parts = (texts[i:i + 10_000] for i in range(0, len(texts), 10_000))     # to spare memory
@@ -844,6 +843,8 @@ def find_preprocessed(arguments):
             with reading(path, "preprocess its --data again"):
                 meta = json.loads(path.read_text())
                 require({"vocabulary", "vocab_size", "max_length"} <= set(meta), "incomplete")
+                if os.path.isfile(arguments.data):
+                    require(meta["sha256"] == sha256(arguments.data), f"{arguments.data} changed")
             return path.parent, meta
 
 def preprocess(arguments):
@@ -888,19 +889,26 @@ def read_tokenized(path, config):
             require(0 <= x.min() <= x.max() < n, f"{name} must be from 0 to {n - 1}")
         return ids, labels
 
+def stratified(ids, labels, limit):
+    """A stratified subset of `limit` sequences (0: all); it contains that of any smaller limit."""
+    order = pd.Series(labels).sample(frac=1, random_state=0)
+    place, n = (order.groupby(order).transform(f) for f in ("cumcount", "size"))
+    kept = np.sort((place / n).sort_values(kind="stable").index[:limit or None])
+    return ids[kept], labels[kept]
+
 # {least number of sequences: the lengths to which they are cut}. A tweet has 16 tokens on average.
 # XLA compiles for each length, which takes 7 seconds for training, so small data get few lengths.
 BUCKETS = {0: (), 10_000: (18, 36), 100_000: (12, 18, 24, 36)}
 
 def plan_batches(ids, batch_size, generator=None):
-    """Batches of sequences of like length, as a list of (rows, the length to which to cut them).
+    """Batches of sequences of similar length, as a list of (rows, the length to which to cut them).
 
     It is the shortest of BUCKETS that holds them, which spares most of the padding. The last batch
     of each length is filled with rows of number -1, which do not count. `generator` shuffles.
     """
     lengths = BUCKETS[max(rows for rows in BUCKETS if rows <= len(ids))]
     order = np.arange(len(ids)) if generator is None else generator.permutation(len(ids))
-    used = (ids.shape[1] - (ids[:, ::-1] != 0).argmax(1))[order]            # only padding after it
+    used = (ids.shape[1] - (ids[:, ::-1] != 0).argmax(1))[order]            # without the padding
     plan = []
     for shorter, length in itertools.pairwise([0, *lengths, ids.shape[1]]):
         rows = order[(shorter < used) & (used <= length)]
@@ -941,7 +949,7 @@ def machine():
     return f"{', '.join(names)}, {os.cpu_count()} cores, TensorFlow {tf.__version__}"
 
 def all_devices():
-    """The `tf.distribute` strategy of all there is: machines (in TF_CONFIG), GPUs, or this CPU."""
+    """The `tf.distribute` strategy of all devices: machines (TF_CONFIG), GPUs, or this CPU."""
     with reading("TF_CONFIG", "unset it to use this machine alone"):
         if json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster"):
             return tf.distribute.MultiWorkerMirroredStrategy()
@@ -975,8 +983,8 @@ def training_step(model, optimizer):
 
     def on_device(*batch):
         device = tf.distribute.get_replica_context()
-        shares = in_shares(gradients, *(x[device.replica_id_in_sync_group::devices] for x in batch))
-        sums = device.all_reduce("SUM", [tf.add_n(parts) for parts in zip(*shares)])
+        shards = in_shards(gradients, *(x[device.replica_id_in_sync_group::devices] for x in batch))
+        sums = device.all_reduce("SUM", [tf.add_n(parts) for parts in zip(*shards)])
         apply(*sums)
         return sums[0]                                      # the same on each device
 
@@ -1007,19 +1015,12 @@ def print_table(title, table):
     """Print a DataFrame under a title."""
     print(f"\n{title}\n{table.to_string(index=False, float_format='{:.4g}'.format)}", flush=True)
 
-def stratified(ids, labels, limit):
-    """A stratified subset of `limit` sequences (0: all); it contains that of any smaller limit."""
-    order = pd.Series(labels).sample(frac=1, random_state=0)
-    depth = order.groupby(order).transform(lambda x: np.arange(len(x)) / len(x))    # in its label
-    kept = np.sort(depth.sort_values(kind="stable").index[:limit or None])
-    return ids[kept], labels[kept]
-
 def train_model(name, config, meta, splits, run, restart):
-    """Train a model and write it to the folder `run` -> its metrics, a dict.
+    """Train a model on `splits`, (ids, labels) of train, val and test, and write it to the folder
+    `run`, with the weights of the epoch that was best on validation -> its metrics, a dict.
 
-    It ends with the weights of the epoch that was best on validation. A checkpoint, written after
-    the first step, every CHECKPOINT_SECONDS and after each epoch, holds the whole state: the same
-    command resumes from it and ends with the same weights, also where nothing is left to train.
+    A checkpoint, written after the first step, every CHECKPOINT_SECONDS and after each epoch, holds
+    the whole state: the same command resumes from it and ends with the same weights.
     """
     identity = {"model": name, "config": dataclasses.asdict(config), **meta}
     keras.utils.set_random_seed(config.seed)
@@ -1079,8 +1080,7 @@ def train_command(arguments, models=None):
     models = models or {name: (name, {}) for name in MODELS if arguments.model in (name, "all")}
     print(machine(), flush=True)
     data, meta = find_preprocessed(arguments) or preprocess(arguments)
-    asked = {"tokenizer": arguments.tokenizer, "max_length": arguments.settings.get("max_length"),
-             "sha256": os.path.isfile(arguments.data) and sha256(arguments.data)}
+    asked = {"tokenizer": arguments.tokenizer, "max_length": arguments.settings.get("max_length")}
     changed = [key for key, value in asked.items() if value and value != meta.get(key)]
     require(not changed, f"{data} has another {', '.join(changed)}; preprocess its --data again")
     config = Config(**{"vocab_size": meta["vocab_size"]} | DATA_DEFAULTS.get(data.name, {}) |
@@ -1101,8 +1101,9 @@ def mcnemar(first, second):
     probability of a split at least as uneven for equally good models (McNemar 1947).
     """
     one, other = int(np.sum(first & ~second)), int(np.sum(second & ~first))
-    tail = sum(math.comb(one + other, k) for k in range(min(one, other) + 1))
-    return {"only_first": one, "only_second": other, "p": min(1.0, 2 * tail / 2 ** (one + other))}
+    n, k = one + other, np.arange(1, min(one, other) + 1)
+    terms = np.exp(np.cumsum(np.log((n - k + 1) / k)) - n * math.log(2))   # (n over k) / 2^n
+    return {"only_first": one, "only_second": other, "p": min(1.0, 2 * (2.0 ** -n + terms.sum()))}
 
 def load_trained(arguments):
     """(preprocessed folder, run folder, {name: model}). UserError if one is missing."""
@@ -1145,8 +1146,7 @@ def evaluate_command(arguments):
     known = table[table.label.isin(read_tokenized(data / "val_tokenized.csv", config)[1])]
     print(f"{len(table):,} tweets of {path}, {len(known):,} with a label that occurs in training")
     require(len(known), f"no tweet of {path} has a label that occurs in training")
-    atomic_write(run / "predictions.csv", table.to_csv, index=False)
-    # Scores of each model, McNemar's test against the first, disagreements.
+    atomic_write(run / "predictions.csv", table.to_csv, index=False, quoting=csv.QUOTE_NONNUMERIC)
     right = known[names].eq(known.label, axis=0)
     rows = [{"model": name, **scores(known.label, known[name]),
              **mcnemar(right[names[0]], right[name])} for name in names]
@@ -1163,8 +1163,8 @@ def predict_command(arguments):
     tweets = arguments.text or [x.decode("utf-8", "replace") for x in sys.stdin.buffer]
     ids = tokenize(tokenizer, list(map(clean_tweet, tweets)), model.config.max_length)
     for tweet, p in zip(tweets, tf.nn.softmax(predict_logits(model, ids)).numpy()):
-        shares = " ".join(f"{name} {share:.3f}" for name, share in zip(LABELS, p))
-        print(f"{LABELS[p.argmax()]:<9} {shares}  {one_line(tweet)}")
+        probabilities = " ".join(f"{label} {x:.3f}" for label, x in zip(LABELS, p))
+        print(f"{LABELS[p.argmax()]:<9} {probabilities}  {one_line(tweet)}")
 
 # ----------------------------------------------------------------------------------- 8 Ablation
 def draw(path, title, table, **options):
@@ -1173,7 +1173,7 @@ def draw(path, title, table, **options):
     atomic_write(path, axes.figure.savefig, format="png")
 
 def ablate_command(arguments):
-    """Train Mamba with each selection on a data set; print, keep and draw one table."""
+    """Train Mamba with each selection, or that of --selection; print, keep and draw one table."""
     run, table = train_command(arguments, {
         f"ablate/{selection}": ("mamba", {"selection": selection}) for selection in SELECTIONS
         if arguments.settings.get("selection", selection) == selection})
@@ -1239,9 +1239,9 @@ def main(arguments):
         with (all_devices() if distributed else tf.distribute.get_strategy()).scope():
             commands[arguments.command](arguments)
         return 0
-    except (UserError, OSError) as error:
-        advice = "" if isinstance(error, UserError) else "; check the path, --run-dir, --data-dir"
-        print(f"mamba_sentiment.py: {one_line(error)}{advice}", file=sys.stderr)
+    except (UserError, OSError, MemoryError, tf.errors.ResourceExhaustedError) as error:
+        advice = "" if isinstance(error, UserError) else "; check sizes, --run-dir, --data-dir"
+        print(f"mamba_sentiment.py: {one_line(error)[:2000]}{advice}", file=sys.stderr)
         return 2
 
 if __name__ == "__main__":
