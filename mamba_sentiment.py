@@ -81,7 +81,7 @@ class Config:
     heads: int = setting(4, "attention heads (transformer)", 1)
     pooling: str = setting("mean", "how the head pools the positions", choices=("mean", "last"))
     classes: int = setting(3, "number of classes", 2, 3)
-    vocab_size: int = setting(30522, "size of the vocabulary; train takes that of the data", 2)
+    vocab_size: int = setting(30522, "size of the vocabulary; if not given, that of the data", 2)
     max_length: int = setting(64, "tokens per sequence; a longer tweet is truncated", 4, 2**16)
     dropout: float = setting(0.1, "rate after embedding and blocks, before the head", 0, 0.99)
     learning_rate: float = setting(4e-3, "peak learning rate, after the warm-up", 0)
@@ -139,7 +139,7 @@ def parse_arguments(argv=None):
             parser.error(f"--lengths must be in [4, {2**20}], not {length}")
     return arguments
 
-# TensorFlow's own allocator keeps memory from step to step, which spares 40 % of their time.
+# TensorFlow's own allocator keeps the memory of one step for the next; that saves 40 % of a step.
 os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 if os.environ.setdefault("KERAS_BACKEND", "tensorflow") != "tensorflow":
@@ -705,11 +705,11 @@ def sha256(path):
 
 def atomic_write(path, write, **options):
     """`write(path, **options)`, but atomically. Of several machines, only one writes."""
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
     if tf.distribute.get_strategy().extended.should_checkpoint:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial, **options)
-        os.replace(partial, path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+            write(partial := pathlib.Path(folder, path.name), **options)
+            os.replace(partial, path)
 
 def clean_tweet(text):
     """A tweet in lower case with nothing but letters and single spaces.
@@ -836,7 +836,7 @@ def induction_heads(n, length, seed):
     return ids, ids[rows, where + 1]
 
 def find_preprocessed(arguments):
-    """(preprocessed folder of `--data`, its meta.json) or None; auto: the most recent tweets."""
+    """(folder of `--data`, its meta.json) or None; auto: the latest. UserError if it changed."""
     auto, name = arguments.data == "auto", pathlib.Path(arguments.data).stem
     for path in sorted(arguments.data_dir.glob("*/meta.json"), key=os.path.getmtime)[::-1]:
         if path.parent.name == name or auto and path.parent.name != "induction":
@@ -1102,7 +1102,7 @@ def mcnemar(first, second):
     """
     one, other = int(np.sum(first & ~second)), int(np.sum(second & ~first))
     n, k = one + other, np.arange(1, min(one, other) + 1)
-    terms = np.exp(np.cumsum(np.log((n - k + 1) / k)) - n * math.log(2))   # (n over k) / 2^n
+    terms = np.exp(np.cumsum(np.log((n - k + 1) / k)) - n * math.log(2))   # binomial(n, k) / 2^n
     return {"only_first": one, "only_second": other, "p": min(1.0, 2 * (2.0 ** -n + terms.sum()))}
 
 def load_trained(arguments):
@@ -1240,7 +1240,7 @@ def main(arguments):
             commands[arguments.command](arguments)
         return 0
     except (UserError, OSError, MemoryError, tf.errors.ResourceExhaustedError) as error:
-        advice = "" if isinstance(error, UserError) else "; check sizes, --run-dir, --data-dir"
+        advice = "" if isinstance(error, UserError) else "; check paths and sizes"
         print(f"mamba_sentiment.py: {one_line(error)[:2000]}{advice}", file=sys.stderr)
         return 2
 

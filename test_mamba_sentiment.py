@@ -687,8 +687,8 @@ def test_scores_and_the_paired_test_agree_with_counts_by_hand():
     expected = {"n": 10, "accuracy": 0.7, "low": 0.3968, "high": 0.8922, "macro_f1": 65 / 88}
     assert ms.scores(labels, predicted) == pytest.approx(expected, abs=2e-4)   # F1: 3/4 and 8/11
     first, second = np.repeat([[1, 0, 1, 0], [0, 1, 1, 0]], (10, 2, 5, 4), axis=1) == 1
-    expected = {"only_first": 10, "only_second": 2, "p": 2 * (1 + 12 + 66) / 2 ** 12}
-    assert ms.mcnemar(first, second) == pytest.approx(expected)
+    assert tuple(ms.mcnemar(first, second).values()) == pytest.approx((10, 2, 79 / 2 ** 11))
+    assert ms.mcnemar(x := np.arange(9000) < 4600, ~x)["p"] == pytest.approx(0.0359, abs=1e-4)
 
 def test_evaluate_compares_the_models_and_the_readmes_code_works(trained, capsys):
     save("t.csv", '0,1,x,phones,u,sad day\n4,2,x,q,u,happy day\n4,3,x,q,u,sun\n2,4,x,q,u,"a\rb"\n')

@@ -152,6 +152,8 @@ END
 
 crowdflower() {                             # the offline default, beside TF-IDF
     mamba preprocess --data crowdflower --tokenizer train
+    python -c 'import pathlib, mamba_sentiment as ms
+ms.download("bert-base-uncased", pathlib.Path("data"))'
     mamba preprocess --data crowdflower --tokenizer data/bert-vocab.txt --data-dir data/bert
     for seed in 0 1 2; do
         mamba train --data crowdflower --model all --seed "$seed" --run-dir "runs/crowd/$seed"
