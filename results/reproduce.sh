@@ -109,7 +109,7 @@ induction() {                               # trained on 128 tokens, tested at o
     mamba preprocess --data induction
     mamba ablate --data induction
     for seed in 1 2; do
-        for selection in delta delta+B+C; do
+        for selection in B+C delta delta+B+C; do
             mamba ablate --data induction --selection "$selection" --seed "$seed" \
                 --run-dir "runs/seed/$seed"
         done
