@@ -80,7 +80,6 @@ def trained(training, folder):
     shutil.copytree(source, ".", dirs_exist_ok=True)
 
 LSTM = f"train --model lstm --data tweets.csv --run-dir again {TINY}"       # after `trained`
-FIRST, AGAIN = (pathlib.Path(runs, "tweets", "lstm") for runs in ("runs", "again"))
 CODE = "import sys; sys.path.insert(0, sys.argv.pop(1)); import mamba_sentiment as ms\n"
 
 # ------------------------------------------------------------------ 1 settings and command line
@@ -96,7 +95,7 @@ def test_help_and_mistakes_answer_before_tensorflow_is_loaded_in_one_line():
 @pytest.mark.parametrize("arguments, words", [
     ("train --model gru", "transformer"), ("train", "--model"), ("ablate --width x", "--width"),
     ("ablate --width 30", "heads"), ("bench --lengths 0", "not 0"), ("ablate --dropout nan", "nan"),
-    ("ablate --dropout 1.5", "dropout: must be in [0, 0.99], not 1.5"),
+    ("ablate --dropout 1.5", "dropout: must be in [0, 0.99], not 1.5"), ("ablate --limit -5", "-5"),
     ("ablate --selection A", "delta+B+C"), ("evaluate --lengths 9999999", "--lengths")])
 def test_a_wrong_command_line_is_one_line_and_status_2(capsys, arguments, words):
     refuses(capsys, arguments, words)
@@ -147,8 +146,7 @@ def scan_case(shape, delta=(0.001, 0.1), rate=(1, 16)):
     return [x.astype("float32") for x in (u, delta, A, B, C, D, h)]
 
 @pytest.mark.parametrize("method", ("fused", "parallel"))
-@pytest.mark.parametrize("arguments", [
-    [(1, 1, 1, 1)], [(2, 257, 6, 8)], [(2, 4096, 4, 8)],
+@pytest.mark.parametrize("arguments", [[(1, 1, 1, 1)], [(2, 257, 6, 8)], [(2, 4096, 4, 8)],
     [(2, 4096, 4, 8), (1e-3, 0.5), (1e-3, 0.5)],                # as in the official tests
     [(2, 257, 6, 8), (1e-6, 100), (1e-3, 1e3)], [(2, 257, 6, 8), (10, 100), (100, 1000)],
     [(2, 257, 6, 8), (1e-6, 1e-6), (1e3, 1e3)], [(2, 257, 6, 8), (100, 100), (1e-3, 1e-3)]])
@@ -369,8 +367,7 @@ def test_padding_neighbours_shares_and_saving_change_no_logits(name, pooling, mo
     ("&lt;3 &quot;quoted&quot; Café cafe\u0301", "quoted café café"), ("@you #tag 123 :-)", ""),
     ("I\xef\xbf\xbdm 1½ m² ① Iʼm\ufffd I\ufffdm ❤️1️⃣", "im m iʼm im"),
     ("मुझे पसंद है! ฉันรักคุณ", "मुझे पसंद है ฉันรักคุณ"), ("İa می\u200cخواهم", "i̇a میخواهم"),
-    ("@userこんにちは http://t.co/aこれ #tagねこ", "こんにちは これ"),
-    ("#ねこcat #हिन्दी ＃tag, x #B2B。y", "x y")])
+    ("@userこんにちは http://t.co/aこれ #tagねこ", "こんにちは これ"), ("#ねこcat #हिन्दी ＃tag, x #B2B。y", "x y")])
 def test_a_clean_tweet_has_only_letters_and_single_spaces_and_stays_as_it_is(raw, clean):
     assert ms.clean_tweet(raw) == clean == ms.clean_tweet(clean)
 
@@ -501,8 +498,7 @@ def test_sentiment140_is_downloaded_checked_and_kept(monkeypatch, capsys):
     assert ms.download("sentiment140", data) == packed and len(ms.read_tweets(packed)) == 60
 
 def test_auto_says_why_it_takes_crowdflower_and_its_vocabulary(monkeypatch, capsys):
-    content = "sentiment,confidence,text\n" + "".join(
-        f"{label},0.9,tweet {letter} {label} I\xd5m\n"
+    content = "sentiment,confidence,text\n" + "".join(f"{label},0.9,tweet {letter} {label} I\xd5m\n"
         for letter in "abcdefghijklmnopqrst" for label in ms.LABELS)
     member = ms.DOWNLOADS["crowdflower"][1]
     for name, file in (("sentiment140", "a.csv"), ("bert-base-uncased", "vocab.txt")):
@@ -594,12 +590,14 @@ def test_shares_give_the_result_of_the_whole_and_a_bad_loss_none(monkeypatch):
     with pytest.raises(ms.UserError, match="not finite.*--learning-rate"):
         train_tiny("bad", learning_rate=1e9, dropout=0.0)
 
-def test_a_kill_before_validation_loses_no_epoch(monkeypatch, capsys):
+def test_a_kill_before_validation_or_a_full_disk_loses_no_epoch(monkeypatch, capsys):
     monkeypatch.setattr(ms, "training_step", counting_step)
     monkeypatch.setattr(ms, "CHECKPOINT_SECONDS", -1)
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(ms, "predict_logits", lambda *_: 1 / 0)
-        train_tiny("x")
+    for place, name in ((ms, "predict_logits"), (np, "savez")):         # a kill, a full disk
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(place, name, lambda *_: 1 / 0)
+            train_tiny("x")
+        assert os.listdir("x") == ["checkpoint.npz"]
     train_tiny("x")
     assert re.search("after step 2 of 6\n+epoch 1, loss 1", capsys.readouterr().out)
     with pytest.raises(ms.UserError, match="x/checkpoint.npz: written with other.*--restart"):
@@ -640,8 +638,8 @@ for writes, wait in ((3, 0.002), (8, 0.02), (0, 0)):
     print("ended with", os.waitpid(child, 0)[1], flush=True)"""
     said, _ = python(*LSTM.split(), code=code)
     assert said.count("resuming") == 2 and re.findall("ended with (.*)", said) == ["9", "9", "0"]
-    models = [keras.models.load_model(run / "model.keras").get_weights() for run in (FIRST, AGAIN)]
-    for one, other in zip(*models, strict=True):
+    models = (keras.models.load_model(f"{x}/tweets/lstm/model.keras") for x in ("runs", "again"))
+    for one, other in zip(*(model.get_weights() for model in models), strict=True):
         np.testing.assert_array_equal(one, other)
     assert main(LSTM) == 0 and "after step 57 of 57" in capsys.readouterr().out
 
@@ -696,10 +694,11 @@ def test_evaluate_compares_the_models_and_the_readmes_code_works(trained, capsys
     for code in re.findall("```python\n(.*?)```", SCRIPT.with_name("README.md").read_text(), re.S):
         exec(code.replace("sentiment140", "tweets"), names := {})       # a groupby, an export
     out, _ = capsys.readouterr()
-    assert all(word in out for word in (*ms.MODELS, "4 tweets", "3 with", "phones", "disagree"))
+    words = "4 tweets of t.csv, 3 with a label", "McNemar's test with mamba", "they disagree on"
+    assert all(word in out for word in (*ms.MODELS, *words, "phones", "macro_f1"))
     table, ids = pd.read_csv("runs/tweets/predictions.csv"), random_ids(3, 7)
-    assert list(table)[3:] == ["query", "user", "text", *ms.MODELS]
-    assert list(table.label) == [0, 2, 2, 1] and table.text[3] == "a\rb"
+    columns = ["label", "id", "date", "query", "user", "text", *ms.MODELS]
+    assert list(table) == columns and [*table.label, table.text[3]] == [0, 2, 2, 1, "a\rb"]
     python(code=f"""if True:
         import numpy as np, sys, tensorflow as tf
         saved = tf.saved_model.load("saved")
@@ -743,6 +742,7 @@ def test_predict_takes_arguments_and_any_bytes_and_steers_no_terminal(trained, m
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) == len(tweets) and all(answer.isprintable() for answer in answers)
     assert re.match("negative .*31m lost$", answers[2]) and re.match("positive .*caf�", answers[4])
+    assert main("predict --model ssm") == 0 and capsys.readouterr().out == ""   # no line is left
 
 NASTY = b"\x00", b"\xff\xfe", b'"', b",,,", b"\n\n", b"-5", b"9" * 11, b"{", b"NaN", b"x" * 200_000
 
