@@ -1,0 +1,223 @@
+"""The Python pieces of reproduce.sh. Each function imports what its own environment has."""
+
+import itertools
+import json
+import statistics
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from timeit import timeit
+
+
+def collect(name):
+    """The metrics.json of all models in runs/NAME -> results/NAME.csv, and means over the seeds."""
+    import pandas as pd
+
+    paths = sorted(Path("runs", name).rglob("metrics.json"))
+    metrics = [json.loads(path.read_text()) for path in paths]
+    settings = ["model", "selection", "train_sequences", "learning_rate", "dropout", "epochs"]
+    scores = ["validation", "accuracy", "low", "high", "macro_f1", "n"]
+    table = pd.DataFrame([x.pop("config") | x for x in metrics])
+    table = table[[*settings, "seed", *scores, "parameters", "train_seconds"]]
+    table.round(5).to_csv(f"results/{name}.csv", index=False)
+    print(table.to_string(index=False))
+    groups = table.groupby([*settings, "parameters"])  # these tell two vocabularies apart
+    means = groups[["validation", "accuracy", "macro_f1"]].agg(["mean", "std", "count"])
+    print(means.reset_index().to_string(index=False))
+
+
+def induction():
+    """The lengths.csv of all models in runs/induction -> a table and a figure in results/."""
+    import pandas as pd
+
+    rows = []
+    for path in sorted(Path("runs/induction").rglob("lengths.csv")):
+        accuracy = pd.read_csv(path).iloc[0].to_dict()
+        metrics = json.loads((path.parent / accuracy.pop("model") / "metrics.json").read_text())
+        config, name = metrics["config"], metrics["model"].upper()
+        name = f"Mamba, selective: {config['selection']}" if name == "MAMBA" else name
+        row = {"model": name, "seed": config["seed"], "train_seconds": metrics["train_seconds"]}
+        rows.append(row | accuracy)
+    table = pd.DataFrame(rows).sort_values(["model", "seed"])
+    table.round(5).to_csv("results/induction.csv", index=False)
+    print(table.to_string(index=False))
+    lengths = [column for column in table if column.isdigit()]
+    chart = table.groupby("model", sort=False)[lengths].mean().T.set_axis(map(int, lengths))
+    options = {"title": "Induction heads, trained at 128 tokens", "xlim": (50, 1e6)}
+    options |= {"xlabel": "length", "ylabel": "accuracy, mean of the runs"}
+    axes = chart.plot(logx=True, marker="o", grid=True, figsize=(9, 7), **options)
+    axes.figure.savefig("results/induction.png")
+
+
+def texts(name, label):
+    """The cleaned tweets of a data set -> runs/texts/NAME/{train,val,test}.txt, for fastText."""
+    import mamba_sentiment as ms
+
+    tweets = ms.read_table(ms.download(name, Path("data")), label=label)
+    folder = Path("runs/texts", name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, table in ms.clean_and_split(tweets).items():
+        lines = "__label__" + table.label + " " + table.text + "\n"
+        (folder / f"{split}.txt").write_text("".join(lines))
+
+
+def tfidf():
+    """CrowdFlower: TF-IDF of words and pairs of words, logistic regression."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    def read(split):
+        lines = Path(f"runs/texts/crowdflower/{split}.txt").read_text().splitlines()
+        labels, tweets = zip(*(line.split(" ", 1) for line in lines))
+        return tweets, labels
+
+    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    model = make_pipeline(words, LogisticRegression(max_iter=1000)).fit(*read("train"))
+    accuracy = model.score(*read("test"))
+    print(f"TF-IDF of words and pairs, logistic regression: test accuracy {accuracy:.4f}")
+
+
+def train_fasttext():
+    """Sentiment140: fastText with word bigrams, on the parts of the learning curve."""
+    import fasttext
+
+    folder, part = Path("runs/texts/sentiment140"), Path("runs/texts/part.txt")
+    lines = (folder / "train.txt").read_text().splitlines()
+    options = {"wordNgrams": 2, "dim": 50, "epoch": 2, "lr": 0.2, "minCount": 3, "thread": 2}
+    for count in (14683, 146828, None):  # those of the learning curve; None: all
+        part.write_text("\n".join(lines[:count]) + "\n")
+        model = fasttext.train_supervised(str(part), verbose=0, **options)
+        n, accuracy, _ = model.test(str(folder / "test.txt"))
+        print(f"{len(lines[:count])} tweets: test accuracy {accuracy:.4f} of {n}")
+
+
+def medians(calls, rounds):
+    """Median milliseconds of each of {name: function}; in each round they take turns."""
+    times = {name: [] for name in calls}
+    for _ in range(rounds + 2):  # the first two compile
+        for name, call in calls.items():
+            times[name].append(1e3 * timeit(call, number=1))
+    return {name: statistics.median(found[2:]) for name, found in times.items()}
+
+
+def peer_scans():
+    """The scan, forward and with gradient: ours, mambapy's and a loop in PyTorch."""
+    import mamba_sentiment as ms  # first: it sets the environment of TensorFlow
+
+    # isort: split
+    import numpy as np
+    import pandas as pd
+    import tensorflow as tf
+    import torch
+    from mambapy.pscan import pscan
+
+    def scan_inputs(batch, length, d=128, n=16):
+        random = np.random.default_rng(0)
+        u, delta, B, C = (random.standard_normal((batch, length, x), "f4") for x in (d, d, n, n))
+        A = -np.tile(np.arange(1, n + 1, dtype="f4"), (d, 1))
+        return u, np.log1p(np.exp(delta - 3)), A, B, C, np.ones(d, "f4")
+
+    def gradient(*inputs):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            loss = tf.reduce_sum(tf.square(ms.selective_scan(*inputs)))
+        return tape.gradient(loss, inputs)
+
+    def loop(u, delta, A, B, C, D):
+        a = torch.exp(torch.einsum("bld,dn->bldn", delta, A))
+        inflow = torch.einsum("bld,bln,bld->bldn", delta, B, u)
+        h, y = torch.zeros(len(u), *A.shape), []
+        for t in range(u.shape[1]):
+            h = a[:, t] * h + inflow[:, t]
+            y.append(torch.einsum("bdn,bn->bd", h, C[:, t]))
+        return torch.stack(y, 1) + u * D
+
+    def mambapy(u, delta, A, B, C, D):
+        a = torch.exp(delta.unsqueeze(-1) * A)
+        inflow = (delta * u).unsqueeze(-1) * B.unsqueeze(2)
+        return (pscan(a, inflow) @ C.unsqueeze(-1)).squeeze(3) + D * u
+
+    def torch_gradient(scan, leaves):
+        return torch.autograd.grad(scan(*leaves).square().sum(), leaves)
+
+    def calls(batch, length):
+        """The calls to time: {pass: {name: function}}."""
+        arrays = scan_inputs(batch, length)
+        inputs = [tf.constant(x) for x in arrays]
+        leaves = [torch.tensor(x, requires_grad=True) for x in arrays]
+        plain = [x.detach() for x in leaves]
+        scan = tf.function(ms.selective_scan, autograph=False)
+        both = tf.function(gradient, autograph=False)
+        gradients = {
+            "ours": lambda: both(*inputs)[0].numpy(),
+            "ours eager": lambda: gradient(*inputs)[0].numpy(),
+            "mambapy": lambda: torch_gradient(mambapy, leaves),
+        }
+        if length <= 64:  # beyond, the loop's gradient takes seconds
+            gradients["loop"] = lambda: torch_gradient(loop, leaves)
+        forward = {
+            "ours": lambda: scan(*inputs).numpy(),
+            "ours eager": lambda: ms.selective_scan(*inputs).numpy(),
+            "mambapy": lambda: mambapy(*plain),
+            "loop": lambda: loop(*plain),
+        }
+        return {"forward": forward, "with gradient": gradients}
+
+    print(ms.machine(), *(f"{x} {version(x)}" for x in ("torch", "mambapy", "transformers")))
+    rows, shapes = [], [(256, 16), (64, 64), (16, 256), (4, 1024), (1, 4096)]
+    for run, (batch, length) in itertools.product((1, 2, 3), shapes):
+        for name, functions in calls(batch, length).items():
+            found = medians(functions, 7)
+            row = {"batch": batch, "length": length, "pass": name, **found}
+            for peer, own in (("mambapy", "ours"), ("mambapy", "ours eager"), ("loop", "ours")):
+                row[f"{peer} / {own}"] = found.get(peer, np.nan) / found[own]
+            rows.append(row | {"run": run})
+    table = pd.DataFrame(rows)
+    table.round(2).to_csv("results/peers.csv", index=False)
+    print(table.to_string(index=False, float_format="{:.2f}".format))
+    groups = table.drop(columns="run").groupby(["batch", "length", "pass"], sort=False)
+    print(f"\nmedians of the runs\n{groups.median().round(2).to_string()}")
+
+
+def peer_steps():
+    """A training step of 256 tweets of 24 tokens: our models, and Mamba of transformers."""
+    import mamba_sentiment as ms  # first: it sets what transformers prints
+
+    # isort: split
+    import tensorflow as tf
+    import torch
+    from transformers import MambaConfig, MambaModel
+
+    ids, labels = torch.randint(1, 30000, (256, 24)), torch.randint(0, 3, (256,))
+    batch = tf.range(256, dtype=tf.int64), *(tf.constant(x.int().numpy()) for x in (ids, labels))
+    steps = {}
+    for name in ms.MODELS:
+        model = ms.build_model(name)
+        step = ms.training_step(model, ms.make_optimizer(model, 1000))
+        steps[name] = lambda step=step: step(*batch).numpy()
+
+    def transformers_step(wrap, **options):
+        sizes = {"vocab_size": 30522, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16}
+        model, head = MambaModel(MambaConfig(**sizes, **options)), torch.nn.Linear(64, 3)
+        optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()])
+        model = wrap(model)
+
+        def step():
+            optimizer.zero_grad()
+            pooled = model(ids, use_cache=False).last_hidden_state.mean(1)
+            torch.nn.functional.cross_entropy(head(pooled), labels).backward()
+            optimizer.step()
+
+        return step
+
+    mambapy = transformers_step(lambda model: model, use_mambapy=True)
+    compiled = transformers_step(torch.compile, use_associative_scan=True)
+    print(f"\ncompiling a step of transformers' Mamba: {timeit(compiled, number=1):.0f} s")
+    peers = {"transformers with mambapy": mambapy, "transformers, torch.compile": compiled}
+    for name, milliseconds in (medians(steps, 11) | medians(peers, 3)).items():
+        print(f"{name}: {milliseconds:.0f} ms, {256e3 / milliseconds:.0f} tweets/s")
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
