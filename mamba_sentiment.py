@@ -20,19 +20,21 @@ Glossary. Sizes are lower case; arrays are named as in the paper. (b, ...) is a 
     n               N           d_state                     size: state variables of a channel
     r               R           dt_rank                     size: rank of the projection to delta
     k                                                       size: steps of a chunk of a sequence
-    t, i                                                    indices: time, anything else
-    x               x                           (b, l, w)   input of a block; any array
+    t, i, j                                                 indices: time, anything else
+    x               x                           (b, l, w)   input of a block; or any array
     u               x           u, x            (b, l, d)   input of the scan
-    delta           Delta       dt              (b, l, d)   step size, positive
+    delta           Delta       dt              (b, l, d)   step size, not negative
     A               A           A               (d, n)      decay rates, negative: -exp(A_log)
-    B, C            B, C        B, C            (b, l, n)   input and output projection of the state
+    B, C            B, C        B, C            (b, l, n)   input and output projection of the state;
+                                                            (d, n) where the same for all tokens
     D                           D               (d,)        skip connection from u to y
     h               h           state           (b, d, n)   state
     y               y           y               (b, l, d)   output of the scan
-    a                                           (n, d)      decay over one step: exp(delta A)
-    v                                           (d,)        delta u at one step
-    S                                           (k, d)      sum of delta from the start of a chunk
-    g                                           (n, d)      gradient of h; dy, du ...: of y, u ...
+    a                                                       decay over one step: exp(delta A)
+    v                                                       delta u
+    p                                                       a h, what one step leaves of the state
+    S                                                       sum of delta from the start of a chunk
+    g                                                       gradient of h; dy, du ...: of y, u ...
 
 Sections 2 to 4 are Mamba; a reader who stops there has understood it. Left out: language models
 and Mamba-2.
@@ -72,14 +74,18 @@ os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import filelock
-import keras
 import numpy as np
 import pandas as pd
 import tensorflow as tf
-from keras import layers, ops
 
-if keras.backend.backend() != "tensorflow":
-    raise ImportError("Keras has another backend; set KERAS_BACKEND=tensorflow")
+try:
+    import keras
+    from keras import layers, ops
+
+    if keras.backend.backend() != "tensorflow":
+        raise ImportError
+except ImportError as error:
+    raise ImportError("Keras has another backend; set KERAS_BACKEND=tensorflow") from error
 
 # --------------------------------------------------------------------------------- 1 Settings
 MODELS = ("mamba", "ssm", "transformer", "lstm")
@@ -135,14 +141,14 @@ DATA_DEFAULTS = {
 #     h'(t) = A h(t) + B u(t),      y(t) = C . h(t)                           (the paper's eq. 1)
 #
 # A is diagonal: n decay rates. Each token is one step of time, of size delta. Over a step in
-# which u does not change (zero-order hold, eq. 4), h decays by exp(delta A), and u contributes
-# B (exp(delta A) - 1) / A. As in the official code, the latter is taken as delta B, its limit for
-# small delta. A skip connection D u is added to y:
+# which u does not change (zero-order hold, eq. 4), h is multiplied by exp(delta A), and u adds
+# B (exp(delta A) - 1) / A. The official code replaces this by delta B, the limit for small delta.
+# A skip connection D u is added to y:
 #
 #     h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]                      (eq. 2a)
 #     y[t] = C[t] . h[t] + D u[t]                                             (eq. 2b)
 #
-# An example with one channel and n = 1, where A = -1, B = C = 1 and D = 0:
+# An example with one channel and n = 1, where A = -1, B = C = 1 and D = 0, so y = h:
 #
 #     t    u    delta    exp(delta A)    h
 #     0    1      1         0.37         0.37 x 0 + 1 x 1      =  1
@@ -152,18 +158,19 @@ DATA_DEFAULTS = {
 # In Mamba delta, B and C are computed from the token itself. So the model can select which tokens
 # to remember and which to ignore (selection: section 3.2, algorithm 2). If they were the same for
 # every token, as in earlier SSMs, y would be a convolution of u (eq. 3), which `SSMBlock` uses.
-# With selection each pair of times has its own factor, and the recurrence has to be computed:
+# With selection the decay between two tokens depends on those between them, and the recurrence
+# itself has to be computed:
 #
 #     sequential   the two equations, step by step: the reference
-#     parallel     all chunks of the sequence at once; for a GPU
+#     parallel     pieces of the sequence, all at once; for a GPU
 #     fused        the steps of the reference in one compiled loop; for a CPU (section 9)
 METHODS = ("auto", "sequential", "parallel", "fused")
-# Compiles a function with XLA, TensorFlow's compiler. Called by another, it is compiled into it.
+# Compiles a function, with all that it calls, by XLA, TensorFlow's compiler.
 compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
 
 
 def sequential_scan(u, delta, A, B, C, h):
-    """The reference: u, delta (b, l, d), A (d, n), B, C (b, l, n), h (b, d, n) -> y - D u, last h."""
+    """The reference; shapes as in `selective_scan` -> y without D u, last h."""
 
     def step(h, inputs):
         u, delta, B = inputs  # (b, d), (b, d), (b, n)
@@ -175,48 +182,51 @@ def sequential_scan(u, delta, A, B, C, h):
     return tf.einsum("lbdn,bln->bld", states, C), states[-1]
 
 
-# On a GPU each of the l steps launches kernels of its own. The parallel method cuts the sequence
+# On a GPU each of the l steps starts several small operations. The parallel method cuts the sequence
 # into chunks of k = 8 steps, treats each as a sequence that starts from h = 0, and computes all of
-# them at once: 8 steps instead of l. What these local states lack is linear in the state before
-# the chunk. The product of the decays up to t is, in log space, a cumulative sum:
+# them at once: 8 steps instead of l. The recurrence is linear in h, so a local state lacks only the
+# state before the chunk, times the decays since. Their product is exp of a cumulative sum of log
+# decays, with t counted from the start of the chunk:
 #
 #     h[t] = local h[t] + exp(A S[t]) h_before,      S[t] = delta[0] + ... + delta[t]
 #
 # With t at the end of each chunk this is a recurrence over chunks, which `carry` solves. All of it
-# is safe for every input: A S <= 0 cannot overflow in exp; where exp(A S) underflows to 0, so does
-# the product of the decays; and nothing is ever divided by it.
+# is safe for every input: A S <= 0, so exp cannot overflow; if it underflows to 0, so does the true
+# product; and nothing is divided by it.
 #
 # Both fast methods lay the state out as (n, d), and their inputs so that all products broadcast:
 # A (n, d), u and delta (b, chunks, k, 1, d), B and C (b, chunks, k, n, 1), h (b, n, d).
 
 
 def carry(total, h, A):
-    """The recurrence over chunks, x[0] = h[0], x[i+1] = exp(A total[i]) x[i] + h[i+1], by doubling.
+    """The states before and after each chunk, from h: the first, and those that the chunks end with.
 
-    total (b, chunks, 1, d), h (b, chunks + 1, n, d) -> x like h. After each round h spans twice as
-    many chunks, and total sums delta over them (Hillis and Steele 1986).
+    ends[0] = h[0], ends[i+1] = exp(A total[i]) ends[i] + h[i+1], by doubling: after each round h
+    spans twice as many chunks, and total sums delta over them (Hillis and Steele 1986).
+    total (b, chunks, 1, d), h (b, chunks + 1, n, d) -> ends, like h.
     """
+    chunks, total = ops.shape(h)[1], tf.pad(total, ((0, 0), (1, 0), (0, 0), (0, 0)))
 
     def double(span, total, h):
         has_earlier = (tf.range(chunks) >= span)[:, None, None]
         earlier = [tf.where(has_earlier, tf.roll(x, span, 1), 0) for x in (total, h)]  # x[i - span]
         return 2 * span, total + earlier[0], h + tf.exp(A * total) * earlier[1]
 
-    chunks, total = ops.shape(h)[1], tf.pad(total, ((0, 0), (1, 0), (0, 0), (0, 0)))
     return tf.while_loop(lambda span, *_: span < chunks, double, (1, total, h))[2]
 
 
 @compiled
 def parallel_scan(A, u, delta, B, C, h):
     """-> y without D u, the state before each chunk (b, chunks, n, d), and the last state."""
-    S, v, y = tf.cumsum(delta, 2), delta * u, []
+    S, v = tf.cumsum(delta, 2), delta * u
+    y = []
     local = tf.zeros_like(S[:, :, 0] * A)  # (b, chunks, n, d)
     for t in range(u.shape[2]):
         local = tf.exp(delta[:, :, t] * A) * local + v[:, :, t] * B[:, :, t]
         y.append(tf.reduce_sum(C[:, :, t] * local, 2, keepdims=True))
     ends = carry(S[:, :, -1], tf.concat([h[:, None], local], 1), A)  # (b, chunks + 1, n, d)
-    before = tf.exp(S * A) * ends[:, :-1, None]  # (b, chunks, k, n, d), which XLA fuses away
-    y = tf.stack(y, 2) + tf.reduce_sum(C * before, 3, keepdims=True)
+    carried = tf.exp(S * A) * ends[:, :-1, None]  # (b, chunks, k, n, d), which XLA fuses away
+    y = tf.stack(y, 2) + tf.reduce_sum(C * carried, 3, keepdims=True)
     return y, ends[:, :-1], ends[:, -1]
 
 
@@ -319,14 +329,15 @@ class MambaBlock(layers.Layer):
 
     def build(self, input_shape):
         w, (n, kernel, expand, depth, selection) = input_shape[-1], self.options.values()
-        d, weight, constant = expand * w, self.add_weight, keras.initializers.Constant
+        d = expand * w
+        weight, constant = self.add_weight, keras.initializers.Constant
         self.in_proj = weight((w, 2 * d), linear_init(), name="in_proj")
         self.conv_kernel = weight((kernel, d), linear_init(), name="conv_kernel")
         bias_init = keras.initializers.RandomUniform(-(kernel**-0.5), kernel**-0.5)
         self.conv_bias = weight((d,), bias_init, name="conv_bias")
         self.add_selection(w, d, n, selection)
         # As in the official code: softplus(dt_bias) is log-uniform on [0.001, 0.1], and A starts as
-        # -1, -2 ... -n in each channel (S4D-Real, the paper's section 3.6).
+        # -1, -2 ... -n in each channel (S4D-Real, the paper's section 3.6). log(expm1) inverts softplus.
         delta = np.exp(np.random.uniform(math.log(0.001), math.log(0.1), d))
         self.dt_bias = self.scan_weight("dt_bias", (d,), constant(np.log(np.expm1(delta))))
         self.A_log = self.scan_weight("A_log", (d, n), constant(np.log(np.arange(1, n + 1))))
@@ -339,7 +350,8 @@ class MambaBlock(layers.Layer):
 
     def add_selection(self, w, d, n, selection):
         """The weights of `select`, with r as in the official code."""
-        self.sizes = r, _, _ = [math.ceil(w / 16), n, n]
+        r = math.ceil(w / 16)
+        self.sizes = [r, n, n]
         self.x_proj = self.scan_weight("x_proj", (d, r + 2 * n), linear_init())
         self.dt_proj = self.scan_weight("dt_proj", (r, d), linear_init())
         selected = [name in selection.split("+") for name in ("delta", "B", "C")]
@@ -352,31 +364,31 @@ class MambaBlock(layers.Layer):
 
         real (b, l, 1): 0 at padding. earlier (b, kernel - 1, d): the inputs before x; None: zeros.
         """
-        u, gate = tf.split(tf.tensordot(x, self.in_proj, 1), 2, -1)
-        (batch, length, channels), width = ops.shape(u), self.options["kernel"]
+        x, gate = tf.split(tf.tensordot(x, self.in_proj, 1), 2, -1)
+        batch, length, channels = ops.shape(x)
+        width = self.options["kernel"]
         if earlier is None:
-            earlier = tf.zeros((batch, width - 1, channels), u.dtype)
-        inputs = tf.concat([earlier, real * u], 1)
-        # Causal and depthwise: bias + sum_i kernel[i] inputs[t + i], where inputs[t + width - 1] is
-        # the one at t.
+            earlier = tf.zeros((batch, width - 1, channels), x.dtype)
+        inputs = tf.concat([earlier, real * x], 1)
+        # Causal and depthwise: the inputs start width - 1 steps before t = 0.
         taps = [inputs[:, i : i + length] * self.conv_kernel[i] for i in range(width)]
         return real * tf.nn.silu(sum(taps) + self.conv_bias), gate, inputs
 
     def select(self, u):
-        """Selection (algorithm 2): the token itself, u (b, l, d), decides how far time moves on,
-        what enters the state and what is read from it -> delta (b, l, d), B and C (b, l, n).
+        """Selection (algorithm 2): the token itself, u (b, l, d), decides the step size, what enters
+        the state and what is read from it -> delta (b, l, d), B and C (b, l, n).
         """
         projected = tf.tensordot(tf.cast(u, tf.float32), self.x_proj, 1)  # (b, l, r + 2n)
         if self.selected is not None:  # the ablation
             projected = tf.where(self.selected, projected, self.constant)
-        delta, B, C = tf.split(projected, self.sizes, -1)
-        return tf.nn.softplus(tf.tensordot(delta, self.dt_proj, 1) + self.dt_bias), B, C
+        low_rank, B, C = tf.split(projected, self.sizes, -1)
+        return tf.nn.softplus(tf.tensordot(low_rank, self.dt_proj, 1) + self.dt_bias), B, C
 
     def ssm(self, u, real, h):
         """The selective scan of u: h (b, d, n) or None -> y (b, l, d), last h."""
         delta, B, C = self.select(u)
         delta *= tf.cast(real, delta.dtype)  # padding leaves the state as it is
-        # Not "auto": the classifier gives each core a shard of the batch already.
+        # "parallel" or "fused" (section 9), not "auto": the classifier shards the batch already.
         options = {"initial_state": h, "return_state": True, "method": fast_method()}
         return selective_scan(u, delta, -tf.exp(self.A_log), B, C, self.D, **options)
 
@@ -388,7 +400,7 @@ class MambaBlock(layers.Layer):
         y = tf.tensordot(y * tf.nn.silu(gate), self.out_proj, 1)
         if not return_state:
             return y
-        # The last inputs of the convolution before the padding on the right of each row.
+        # The last kernel - 1 inputs up to the last real position of each row.
         end = tf.reduce_max(tf.where(real[..., 0] > 0, tf.range(1, ops.shape(x)[1] + 1), 0), 1)
         last = end[:, None] + tf.range(self.options["kernel"] - 1)
         return y, (tf.gather(inputs, last, axis=1, batch_dims=1), h)
@@ -399,8 +411,8 @@ class SSMBlock(MambaBlock):
     """The Mamba block without selection: delta, B and C are learned, the same for every token.
 
     This is a time-invariant diagonal SSM (the paper's algorithm 1): y is D u plus u convolved with
-    the kernel K[t] = sum_n C exp(t delta A) delta B (eq. 3). The kernel is as long as the sequence,
-    so the convolution is computed by FFT, which takes and returns no state.
+    sum_n C exp(t delta A) delta B (eq. 3). This kernel is as long as the sequence, so the
+    convolution is computed by FFT, which takes and returns no state.
     """
 
     def add_selection(self, w, d, n, selection):
@@ -408,7 +420,8 @@ class SSMBlock(MambaBlock):
         self.C = self.scan_weight("C", (d, n), normal)
 
     def ssm(self, u, real, h):
-        length, x = ops.shape(u)[1], tf.linalg.matrix_transpose(tf.cast(u, tf.float32))
+        length = ops.shape(u)[1]
+        x = tf.linalg.matrix_transpose(tf.cast(u, tf.float32))  # (b, d, l)
         delta = tf.nn.softplus(self.dt_bias)[:, None]  # (d, 1)
         log_decay = (-tf.exp(self.A_log) * delta)[..., None] * tf.range(length, dtype=x.dtype)
         kernel = tf.einsum("dn,dnl->dl", self.C * self.B * delta, tf.exp(log_decay))
@@ -491,7 +504,7 @@ class TweetClassifier(keras.Model):
 
     def call(self, ids, training=False, seed=None):
         """`seed`: (2,) int64, the seed of dropout in training; None: a random one."""
-        empty = not ids.shape[0]  # or unknown: neither XLA nor an FFT takes an empty batch
+        empty = not ids.shape[0]  # or of unknown size: neither XLA nor an FFT takes an empty batch
         if empty:
             ids = tf.pad(ids, ((0, 1), (0, 0)))
         if seed is None:
@@ -500,7 +513,8 @@ class TweetClassifier(keras.Model):
         def drop(x, i):
             """Drop whole channels of a sequence, as `keras.layers.SpatialDropout1D`."""
             rate, shape = self.config.dropout if training else 0, (ops.shape(x)[0], 1, x.shape[2])
-            # Under XLA on a CPU the default random number generator is 20 times slower.
+            # Under XLA on a CPU the default random number generator is 20 times slower. i << 40: each
+            # layer has a seed of its own.
             dropout = tf.nn.experimental.stateless_dropout
             return dropout(x, rate, seed + [i << 40, 0], "philox", shape)
 
@@ -509,15 +523,15 @@ class TweetClassifier(keras.Model):
         for i, (norm, block) in enumerate(zip(self.norms, self.blocks), 1):
             masked = {"mask": mask} if isinstance(block, AttentionBlock) else {}
             x += drop(block(norm(x), **masked), i)
-        total, count = self.pool(drop(self.norm(x), len(self.blocks) + 1), mask)
-        logits = self.head(total / tf.maximum(count, 1))
+        pooled, count = self.pool(drop(self.norm(x), len(self.blocks) + 1), mask)
+        logits = self.head(pooled / tf.maximum(count, 1))
         return logits[:-1] if empty else logits
 
     def pool(self, x, mask):
         """The sum of the real positions, or the last of them (b, w), and their number (b, 1)."""
         real = tf.cast(mask, tf.float32)[:, :, None]
         if self.config.pooling == "last":
-            real *= tf.cast(tf.cumsum(real, 1, reverse=True) == 1, tf.float32)
+            real *= tf.cast(tf.cumsum(real, 1, reverse=True) == 1, tf.float32)  # only the last
         return tf.reduce_sum(tf.cast(x, tf.float32) * real, 1), tf.reduce_sum(real, 1)
 
     def read(self, ids, state=None):
@@ -527,16 +541,16 @@ class TweetClassifier(keras.Model):
         """
         if self.block != "mamba":
             raise ValueError(f"only mamba reads a text in pieces, not {self.block}")
-        states, total, count = state or ([None] * len(self.blocks), 0.0, 0.0)
+        states, pooled, count = state or ([None] * len(self.blocks), 0.0, 0.0)
         mask, x, last_states = tf.not_equal(ids, 0), self.embedding(ids), []
         for norm, block, before in zip(self.norms, self.blocks, states):
             y, after = block(norm(x), mask, initial_state=before, return_state=True)
             x += y
             last_states.append(after)
-        piece, real = self.pool(self.norm(x), mask)
-        earlier = 1 - real if self.config.pooling == "last" else 1
-        total, count = earlier * total + piece, earlier * count + real
-        return self.head(total / tf.maximum(count, 1)), (last_states, total, count)
+        piece, number = self.pool(self.norm(x), mask)
+        keep = 1 - number if self.config.pooling == "last" else 1  # a later position replaces it
+        pooled, count = keep * pooled + piece, keep * count + number
+        return self.head(pooled / tf.maximum(count, 1)), (last_states, pooled, count)
 
     @tf.function(autograph=False)
     def logits(self, ids):
@@ -707,7 +721,8 @@ def clean_and_split(tweets):
     enough = len(counts) > 1 and counts.min() > 2
     require(enough, f"at least 3 usable texts of each of 2 labels are needed: {counts.to_dict()}")
     share = max(0.01, 3000 / len(clean)) if len(clean) >= 30_000 else 0.01
-    rank, held = clean.groupby("label").cumcount(), np.ceil(share * clean.label.map(counts))
+    rank = clean.groupby("label").cumcount()
+    held = np.ceil(share * clean.label.map(counts))
     split = np.select([rank < held, rank < 2 * held], ["test", "val"], "train")
     return dict(list(clean.groupby(split)))
 
@@ -933,10 +948,10 @@ def training_step(model, optimizer):
     apply = compiled(update) if devices == 1 else update
 
     def on_device(*batch):
-        device = tf.distribute.get_replica_context()
-        part = (x[device.replica_id_in_sync_group :: devices] for x in batch)
+        replica = tf.distribute.get_replica_context()
+        part = (x[replica.replica_id_in_sync_group :: devices] for x in batch)
         shards = in_shards(gradients, *part)
-        sums = device.all_reduce("SUM", [tf.add_n(each) for each in zip(*shards)])
+        sums = replica.all_reduce("SUM", [tf.add_n(each) for each in zip(*shards)])
         apply(*sums)
         return sums[0]  # the same on each device
 
@@ -966,10 +981,11 @@ def scores(labels, predictions):
         2 * correct[labels == x].sum() / ((labels == x).sum() + (predictions == x).sum())
         for x in np.unique(labels)
     ]
-    p, z = correct.mean(), 1.96**2 / len(labels)
-    # The interval holds each x for which the observed p is likely: (p - x)^2 <= z x (1 - x).
-    low, high = np.sort(np.roots([1 + z, -2 * p - z, p * p])).clip(0, 1)
-    return {"accuracy": p, "low": low, "high": high, "macro_f1": np.mean(f1), "n": len(labels)}
+    accuracy, spread = correct.mean(), 1.96**2 / len(labels)
+    # It holds each x for which this accuracy is likely: (accuracy - x)^2 <= spread x (1 - x).
+    low, high = np.sort(np.roots([1 + spread, -2 * accuracy - spread, accuracy**2])).clip(0, 1)
+    metrics = {"accuracy": accuracy, "low": low, "high": high, "macro_f1": np.mean(f1)}
+    return metrics | {"n": len(labels)}
 
 
 def say_table(title, table):
@@ -1153,10 +1169,10 @@ def predict_command(arguments):
     clean, labels = [clean_tweet(tweet) for tweet in tweets], meta["labels"]
     ids = tokenize(load_tokenizer(data / "tokenizer"), clean, meta["settings"]["max_length"])
     logits = predict_logits(models[arguments.model], ids)
-    for tweet, words, p in zip(tweets, clean, tf.nn.softmax(logits).numpy()):
-        label = labels[p.argmax()] if words else "nothing left to read"
-        probabilities = " ".join(f"{name} {x:.3f}" for name, x in zip(labels, p))
-        say(f"{label:<9} {probabilities}  {one_line(tweet)}")
+    for tweet, words, probabilities in zip(tweets, clean, tf.nn.softmax(logits).numpy()):
+        label = labels[probabilities.argmax()] if words else "nothing left to read"
+        numbers = " ".join(f"{name} {x:.3f}" for name, x in zip(labels, probabilities))
+        say(f"{label:<9} {numbers}  {one_line(tweet)}")
 
 
 # ------------------------------------------------------------------------ 8 Ablation and timing
@@ -1234,7 +1250,9 @@ def scan_steps(body, state, arrays, outputs, reverse=False, unroll=False):
 
 @compiled
 def fused_scan(A, u, delta, B, C, h):
-    """Each sequence, chunk by chunk: arguments and results of `parallel_scan`."""
+    """One sequence after another (a scan without a state), in it one chunk after another; arguments
+    and results of `parallel_scan`.
+    """
 
     def step(h, a, v, B, C):
         h = a * h + v * B  # (n, d)
@@ -1275,12 +1293,12 @@ def chunk_gradient(A, u, delta, B, C, h, dy, g, unroll=False):
 
     a, v = tf.exp(delta * A), delta * u
     _, p = scan_steps(forward, h, (a, v, B), 1, unroll=unroll)
-    before, g = scan_steps(backward, g, (a, C, dy), 1, reverse=True, unroll=unroll)
+    g_before, g = scan_steps(backward, g, (a, C, dy), 1, reverse=True, unroll=unroll)
     gB = tf.reduce_sum(g * B, -2, keepdims=True)
     ddelta = u * gB + tf.reduce_sum(g * p * A, -2, keepdims=True)
     dB = tf.matmul(g, v, transpose_b=True)
     dC = tf.matmul(p, dy, transpose_b=True) + B * tf.matmul(v, dy, transpose_b=True)  # h = p + B v
-    return before, tf.reduce_sum(g * p * delta, 0), delta * gB, ddelta, dB, dC
+    return g_before, tf.reduce_sum(g * p * delta, 0), delta * gB, ddelta, dB, dC
 
 
 @compiled
@@ -1309,7 +1327,7 @@ def parallel_gradient(A, u, delta, B, C, h, starts, dy, dlast):
     # g[i] = sum_t C[t] dy[t] exp(A S[t]) + exp(A S[-1]) g[i+1]. So `carry`, from the end.
     S = tf.cumsum(delta, 2)
     local = tf.concat([tf.reduce_sum(C * tf.exp(S * A) * dy, 2), dlast[:, None]], 1)
-    g = tf.reverse(carry(tf.reverse(S[:, :, -1], [1]), tf.reverse(local, [1]), A), [1])
+    g = carry(S[:, ::-1, -1], local[:, ::-1], A)[:, ::-1]
     u, delta, B, C, dy = (tf.transpose(x, (2, 0, 1, 3, 4)) for x in (u, delta, B, C, dy))
     _, dA, *gradients = chunk_gradient(A, u, delta, B, C, starts, dy, g[:, 1:], unroll=True)
     return tf.reduce_sum(dA, 1), *(tf.transpose(x, (1, 2, 0, 3, 4)) for x in gradients), g[:, 0]
@@ -1335,16 +1353,17 @@ def fast_scan(*inputs):
     """`scan_by_method`, eagerly as a `tf.function`. Inside another it has to be inlined: XLA would
     treat what an inner function passes to its gradient as constants, and compile for each input.
     """
-    inlined = tf.inside_function()
-    return (scan_by_method.python_function if inlined else scan_by_method)(*inputs)
+    scan = scan_by_method.python_function if tf.inside_function() else scan_by_method
+    return scan(*inputs)
 
 
 @tf.function(autograph=False)
 def scan_by_method(u, delta, A, B, C, h, method):
     """A fast method with its layout and its gradient; same arrays as `sequential_scan`."""
     batch, length, channels = ops.shape(u)
-    if (fast_method() if method == "auto" else method) == "fused":
-        forward, backward, chunks = fused_scan, fused_gradient, -(-length // 16)
+    if method == "fused" or method == "auto" and fast_method() == "fused":
+        forward, backward = fused_scan, fused_gradient
+        chunks = -(-length // 16)
         steps = -(-length // chunks)
     else:
         forward, backward, chunks, steps = parallel_scan, parallel_gradient, -(-length // 8), 8
@@ -1443,7 +1462,7 @@ def parse_arguments(argv=None):
     lengths = "of induction heads; bench: 64 256 1024 4096, if not given"
     add("evaluate bench", "--lengths", type=number(int, 4, 2**20), nargs="+", help=lengths)
     arguments = parser.parse_args(argv)
-    arguments.settings = {x: y for x, y in vars(arguments).items() if hasattr(Config, x)}
+    arguments.settings = {x: value for x, value in vars(arguments).items() if hasattr(Config, x)}
     return arguments
 
 

@@ -16,6 +16,7 @@ import pickle
 import re
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -326,6 +327,19 @@ def test_mamba_block_in_pieces_is_the_whole():
         np.testing.assert_allclose(result[1:], expected, atol=1e-5)
     inputs = (x @ block.in_proj)[0, -3:, :48]  # of the convolution
     np.testing.assert_allclose(whole[1][0], inputs, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_classifier_reads_a_text_in_pieces(pooling):
+    model = ms.build_model("mamba", ms.Config(**SMALL, pooling=pooling))
+    ids = random_ids(3, 24) * (np.arange(24) < np.array([[24], [9], [15]]))
+    for read, pieces in ((model.read, [1] * 24), (tf.function(model.read), [5, 7, 12])):
+        state = None
+        for piece in tf.split(ids, pieces, 1):
+            logits, state = read(piece, state)
+        np.testing.assert_allclose(logits, model(ids), atol=1e-5)
+    with pytest.raises(ValueError, match="lstm"):
+        ms.build_model("lstm", ms.Config(**SMALL)).read(ids)
 
 
 MAMBA = functools.partial(ms.MambaBlock, state=5, selection="B+C")
@@ -727,13 +741,20 @@ def test_checkpoints_reports_and_the_best_epoch(monkeypatch, capsys):
     assert re.search(r"\nstep 7 of 12, loss 1, [\d,]+ texts/s, [\d,]+ s left\n", output)
 
 
-def test_killed_training_resumes_to_the_same_weights(trained, capsys):
-    path = pathlib.Path("again/tweets/lstm/checkpoint.npz")
-    process = subprocess.Popen([sys.executable, SCRIPT, *LSTM.split()])
-    while not path.exists() and process.poll() is None:
-        time.sleep(0.001)
-    process.kill()
-    assert process.wait() == -9 and main(LSTM) == main(LSTM) == 0
+def test_stopped_training_resumes_to_the_same_weights(trained, capsys):
+    path, command = pathlib.Path("again/tweets/lstm/checkpoint.npz"), [sys.executable, SCRIPT]
+    for number, status in (("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)):
+        path.unlink(missing_ok=True)
+        process = subprocess.Popen([*command, *LSTM.split()], stderr=subprocess.PIPE, text=True)
+        while not path.exists() and process.poll() is None:
+            time.sleep(0.001)
+        if status == 130:
+            refuses(capsys, LSTM, "again/tweets/lstm", "another process trains")
+        process.send_signal(getattr(signal, number))
+        errors = process.communicate()[1]
+        assert process.returncode == status and "Traceback" not in errors
+        assert errors.endswith("the same command goes on\n") == (number != "SIGKILL")
+    assert main(LSTM) == main(LSTM) == 0
     steps = re.findall("resuming from .*, after step (.*) of 57", capsys.readouterr().out)
     assert int(steps[0]) < 57 and steps[1] == "57"
     models = (keras.models.load_model(f"{x}/tweets/lstm/model.keras") for x in ("runs", "again"))
@@ -936,3 +957,30 @@ def test_settings_are_flags_and_mistakes_are_named(capsys):
     wrong |= {"ablate --limit -5": "-5", "ablate --selection A": "delta+B+C"}
     for arguments, word in wrong.items():
         refuses(capsys, arguments, word)
+
+
+def test_script_runs_in_notebooks_services_and_pipes(trained):
+    script, env = (
+        f"{sys.executable} {SCRIPT} predict --model lstm",
+        os.environ | {"MPLBACKEND": "x"},
+    )
+    options = {"env": env, "capture_output": True, "text": True}
+    for command in (f"{script} hi <&- >&- 2>&-", f"{script} 'great sun' b | head -1"):
+        command = ["bash", "-o", "pipefail", "-c", command]
+        done = subprocess.run(command, check=True, **options)
+        assert "Error" not in done.stderr, done.stderr
+    assert done.stdout.startswith("positive")
+    code = """
+import signal, socket, sys
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+before = np.random.get_state()[1].tolist(), signal.getsignal(15), socket.getdefaulttimeout()
+import mamba_sentiment
+after = np.random.get_state()[1].tolist(), signal.getsignal(15), socket.getdefaulttimeout()
+assert before == after
+"""
+    command = [sys.executable, "-c", code, SCRIPT.parent]
+    subprocess.run(command, check=True)
+    env["KERAS_BACKEND"] = "jax"
+    done = subprocess.run(command, check=False, **options)
+    assert "set KERAS_BACKEND=tensorflow" in done.stderr

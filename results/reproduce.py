@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from timeit import timeit
 
+TWEETS = "i am so happy today what a wonderful day", "my phone died again and i lost everything"
+
 
 def collect(name):
     """The metrics.json of all models in runs/NAME -> results/NAME.csv, and means over the seeds."""
@@ -47,6 +49,54 @@ def induction():
     options |= {"xlabel": "length", "ylabel": "accuracy, mean of the runs"}
     axes = chart.plot(logx=True, marker="o", grid=True, figsize=(9, 7), **options)
     axes.figure.savefig("results/induction.png")
+
+
+def step_sizes(model, ids):
+    """The step size delta of each layer, mean over the channels: (layers, sequences, length)."""
+    x, deltas = model.embedding(ids), []
+    for norm, block in zip(model.norms, model.blocks):
+        u, _, _ = block.convolve(norm(x))
+        deltas.append(block.select(u)[0].numpy().mean(-1))
+        x += block(norm(x))
+    return deltas
+
+
+def selected(heads, tweets, tokenizer):
+    """Two models and a tokenizer -> what Mamba selects in induction heads and in tweets, drawn."""
+    import mamba_sentiment as ms  # isort: split
+    import keras
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    heads, tweets = (keras.models.load_model(path) for path in (heads, tweets))
+    tokenizer = ms.load_tokenizer(tokenizer).backend_tokenizer
+    ids, _ = ms.induction_heads(256, 128, seed=3)
+    first, panels = np.argmax(ids == 16, 1), []
+    deltas, positions = step_sizes(heads, ids), np.arange(128) - first[:, None]
+    special, remembered = ids == 16, positions == 1
+    for layer, delta in enumerate(deltas, 1):
+        parts = special, remembered, ~(special | remembered)
+        means = ", ".join(f"{delta[part].mean():.3f}" for part in parts)
+        print(f"layer {layer}: mean delta at special tokens, the remembered one, others: {means}")
+    row = np.flatnonzero(first == 15)[0]
+    labels = ["*" if x == 16 else str(x) for x in ids[row]]
+    panels.append([labels[:34], [delta[row, :34] for delta in deltas]])
+    for text in TWEETS:
+        words = tokenizer.encode(text)
+        panels.append([words.tokens, [x[0] for x in step_sizes(tweets, np.array([words.ids]))]])
+    figure, axes = plt.subplots(len(panels), figsize=(10, 8), layout="constrained", sharey=True)
+    for axis, (labels, lines) in zip(axes, panels):
+        for layer, line in enumerate(lines, 1):
+            axis.plot(line, marker="o", label=f"layer {layer}")
+        axis.set_xticks(range(len(labels)), labels, rotation=0 if len(labels) > 30 else 30)
+        axis.set(ylabel="delta", ylim=0)
+        axis.grid(alpha=0.3)
+    axes[0].set_title(
+        "Step size delta, mean over the channels. Above: induction heads, * the special token"
+    )
+    axes[1].set_title("Tweets")
+    axes[0].legend()
+    figure.savefig("results/selected.png", dpi=80)
 
 
 def texts(name, label):
