@@ -66,13 +66,22 @@ from pathlib import Path
 from time import perf_counter, strftime
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "Agg"  # only PNGs are drawn; a notebook names its own backend here
+
+    def stop(number, _):
+        """End in one line at a signal."""
+        print("mamba_sentiment.py: stopped; the same command goes on", file=sys.stderr, flush=True)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     for name in ("stdin", "stdout", "stderr"):  # a service may close them
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))  # noqa: SIM115
+    os.environ["MPLBACKEND"] = "Agg"  # only PNGs are drawn; a notebook names its own backend here
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # TensorFlow's own allocator keeps the memory of one step for the next; that saves 40 % of a step.
 os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import filelock
 import numpy as np
 import pandas as pd
@@ -278,7 +287,7 @@ def selective_scan(
 # A block maps (b, l, w) to (b, l, w). Padding is on the right, where a causal block reads it after
 # all real positions. Only attention, which reads in both directions, needs the padding mask.
 registered = keras.saving.register_keras_serializable("mamba_sentiment")
-normal = keras.initializers.RandomNormal(stddev=1.0)
+normal = functools.partial(keras.initializers.RandomNormal, stddev=1.0)
 
 
 def linear_init(scale=1.0):
@@ -320,6 +329,8 @@ class MambaBlock(layers.Layer):
 
     def __init__(self, state=16, kernel=4, expand=2, depth=1, selection="delta+B+C", **keywords):
         super().__init__(**keywords)
+        if selection not in SELECTIONS:
+            raise ValueError(f"selection must be one of {SELECTIONS}, not {selection!r}")
         self.supports_masking = True
         self.options = {"state": state, "kernel": kernel, "expand": expand}
         self.options |= {"depth": depth, "selection": selection}
@@ -357,7 +368,7 @@ class MambaBlock(layers.Layer):
         selected = [name in selection.split("+") for name in ("delta", "B", "C")]
         self.selected = None if all(selected) else np.repeat(selected, self.sizes)
         if self.selected is not None:
-            self.constant = self.scan_weight("constant", (r + 2 * n,), normal)
+            self.constant = self.scan_weight("constant", (r + 2 * n,), normal())
 
     def convolve(self, x, real=1.0, earlier=None):
         """Up-projection and convolution: x (b, l, w) -> u, gate (b, l, d), the convolution's inputs.
@@ -417,7 +428,7 @@ class SSMBlock(MambaBlock):
 
     def add_selection(self, w, d, n, selection):
         self.B = self.scan_weight("B", (d, n), "ones")  # per channel, as in S4D
-        self.C = self.scan_weight("C", (d, n), normal)
+        self.C = self.scan_weight("C", (d, n), normal())
 
     def ssm(self, u, real, h):
         length = ops.shape(u)[1]
@@ -450,7 +461,7 @@ class AttentionBlock(layers.Layer):
         return super().get_config() | {"heads": self.heads}
 
     def build(self, input_shape):
-        size = input_shape[-1] // self.heads
+        size = max(1, input_shape[-1] // self.heads)
         self.attention = layers.MultiHeadAttention(self.heads, size, dtype=self.dtype_policy)
         self.attention.build(input_shape, input_shape)
 
@@ -612,7 +623,7 @@ def say(text, **options):
     try:
         print(text, flush=True, **options)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), options.get("file", sys.stdout).fileno())
 
 
 def one_line(text):
@@ -678,6 +689,7 @@ def find_source(data, data_dir):
 def read_table(path, text="text", label="label"):
     """A CSV as a DataFrame of strings; text, label: its columns that become `text` and `label`."""
     errors = []
+    csv.field_size_limit(2**31 - 1)  # a long text is no error
 
     def latin_1(error):  # decodes what is not UTF-8
         errors.append(error.start)
@@ -688,6 +700,7 @@ def read_table(path, text="text", label="label"):
         with pd.io.common.get_handle(path, "rb", is_text=False, compression="infer") as opened:
             content = opened.handle.read()
         encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        encoding = "utf-32" if content[:4] == codecs.BOM_UTF32 else encoding
         file = io.StringIO(content.decode(encoding, "latin_1"), newline="")
         if errors:
             line = content.count(b"\n", 0, errors[0]) + 1
@@ -700,11 +713,12 @@ def read_table(path, text="text", label="label"):
             table[0] = table[0].map(SENTIMENTS)
         else:
             table = table[1:]
+        table = table[table.fillna("").ne("").any(axis=1)]  # a spreadsheet may end in empty rows
         require(names.count(text) == names.count(label) == 1, f"row 1: {names}")
         table = table.set_axis(names, axis=1).drop(columns="", errors="ignore")
         table = table.assign(text=table[text], label=table[label].str.strip().str.lower())
-        broken = table.isna().any(axis=1) | (table.label == "")
-        require(not broken.any(), f"row {broken.idxmax() + 1} is cut short or has a wrong label")
+        broken = table.index[table.isna().any(axis=1) | (table.label == "")] + 1
+        require(broken.empty, f"cut short, or without a right label: row {list(broken[:9])}")
         return table
 
 
@@ -717,7 +731,7 @@ def clean_and_split(tweets):
     clean = clean[clean.text != ""].drop_duplicates().drop_duplicates("text", keep=False)
     say(f"data: {len(tweets):,} tweets read, {len(clean):,} left")
     clean = clean.sample(frac=1, random_state=0)
-    counts = clean.label.value_counts()
+    counts = clean.label.value_counts().reindex(tweets.label.unique(), fill_value=0)
     enough = len(counts) > 1 and counts.min() > 2
     require(enough, f"at least 3 usable texts of each of 2 labels are needed: {counts.to_dict()}")
     share = max(0.01, 3000 / len(clean)) if len(clean) >= 30_000 else 0.01
@@ -780,7 +794,8 @@ def find_preprocessed(arguments):
     """(folder of `--data`, its meta.json) or None; auto: the latest. UserError if it changed."""
     found, name = [], Path(arguments.data).stem
     for path in arguments.data_dir.glob("*/meta.json"):
-        if path.parent.name == name or name == "auto" and path.parent.name != "induction":
+        latest = arguments.data == "auto" and path.parent.name != "induction"
+        if path.parent.name == name or latest:
             with reading(path, "preprocess its --data again"):
                 meta = json.loads(path.read_text())
                 settings = meta["settings"]
@@ -791,6 +806,10 @@ def find_preprocessed(arguments):
         return None
     time, folder, meta, changed = max(found)
     say(f"data: {folder}, preprocessed {time}", file=sys.stderr)
+    columns = [arguments.text_column, arguments.label_column]
+    trains, default = arguments.command in ("train", "ablate"), ["text", "label"]
+    if trains and columns not in (default, meta.get("columns")):
+        changed.append("column")
     if os.path.isfile(arguments.data) and sha256(arguments.data) != meta["sha256"]:
         changed.append(arguments.data)
     require(not changed, f"{folder} was made with another {changed}; preprocess it again")
@@ -825,6 +844,7 @@ def preprocess(arguments):
         tokenizer.save_pretrained(folder / "tokenizer")
         atomic_write(folder / "test.csv", tweets["test"].to_csv, index=False)
         meta["vocabulary"] = sha256(folder / "tokenizer" / "tokenizer.json")
+        meta["columns"] = [arguments.text_column, arguments.label_column]
         meta["sha256"], vocab_size = sha256(source), len(tokenizer)
         counts, names = tweets["train"].label.value_counts(), [*SENTIMENTS.values()]
         if not counts.index.isin(names).all():
@@ -864,9 +884,9 @@ def plan_batches(ids, batch_size, generator):
     To spare padding a batch is cut to one of 8 lengths; 3 or 1, if there are few, as XLA takes
     7 seconds to compile a step for each. Rows numbered -1, which do not count, fill the last batch.
     """
-    count, longest = ids.shape
-    order, plan = generator.permutation(count), []
+    order, plan = generator.permutation(len(ids)), []
     used = np.count_nonzero(ids, 1)[order].clip(1)  # without the padding
+    count, longest = len(ids), int(used.max())
     parts = 8 if count > 100_000 else 3 if count > 10_000 else 1
     for shorter, length in itertools.pairwise(longest * i // parts for i in range(parts + 1)):
         rows = order[(shorter < used) & (used <= length)]
@@ -941,7 +961,9 @@ def training_step(model, optimizer):
         return [sums, *tape.gradient(losses, model.trainable_variables)]
 
     def update(sums, *summed):
-        clipped, _ = tf.clip_by_global_norm([x / sums[1] for x in summed], config.clip_norm)
+        clipped, _ = tf.clip_by_global_norm(
+            [tf.cast(x, tf.float32) / sums[1] for x in summed], config.clip_norm
+        )
         # Keras sums the gradients over the devices; here they are the same on each.
         optimizer.apply([x / devices for x in clipped])
 
@@ -1165,7 +1187,9 @@ def evaluate_command(arguments):
 def predict_command(arguments):
     """Label the tweets on the command line or, if there are none, each line of standard input."""
     data, meta, _, models = load_trained(arguments)
-    tweets = arguments.text or [line.decode("utf-8", "replace") for line in sys.stdin.buffer]
+    lines = getattr(sys.stdin, "buffer", sys.stdin) or ()
+    decode = functools.partial(str, encoding="utf-8", errors="replace")
+    tweets = arguments.text or [x if isinstance(x, str) else decode(x) for x in lines]
     clean, labels = [clean_tweet(tweet) for tweet in tweets], meta["labels"]
     ids = tokenize(load_tokenizer(data / "tokenizer"), clean, meta["settings"]["max_length"])
     logits = predict_logits(models[arguments.model], ids)
@@ -1477,14 +1501,7 @@ def main(arguments):
         return 2
 
 
-def stop(number, _):
-    """End in one line at a signal."""
-    say("mamba_sentiment.py: stopped; the same command goes on", file=sys.stderr)
-    sys.exit(128 + number)
-
-
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for terminals that have no emoji
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # for terminals that have no emoji
     sys.exit(main(parse_arguments()))

@@ -506,9 +506,9 @@ def test_a_table_is_read_right(capsys):
 
 def test_any_other_table_is_refused_by_row(capsys):
     bad = {"": "No columns", "text,text,label\na,b,0\n": "row 1: ['text', 'text'"}
-    bad |= {"a,b,c\n1,2,3\n": "'a', 'b', 'c'", f"{GOOD}C,\n": "row 4", f"{GOOD}C\n": "row 4"}
+    bad |= {"a,b,c\n1,2,3\n": "'a', 'b', 'c'", f"{GOOD}C,\n": "row [4]", f"{GOOD}C\n": "row [4]"}
     bad |= {f'{GOOD}"C,positive\n': "expected", f"{GOOD}C,negative,x\n": "line 4"}
-    bad |= {SIX.replace('"4"', '"1"'): "row 2", '{"text": "A", "label": 0}\n': "row 1"}
+    bad |= {SIX.replace('"4"', '"1"'): "row [2]", '{"text": "A", "label": 0}\n': "row 1"}
     bad |= {b"PAR1\x15\x04": "row 1", "text,label\nA,x\nB,x\nC,x\nD,y\nE,y": "{'x': 3, 'y': 2}"}
     for content, word in (bad | {"text,label\nA,x\nB,x\nC,x\n": "{'x': 3}"}).items():
         before = save("b.csv", content).read_bytes()

@@ -6,6 +6,7 @@ import statistics
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from timeit import timeit
 
 TWEETS = "i am so happy today what a wonderful day", "my phone died again and i lost everything"
@@ -99,11 +100,34 @@ def selected(heads, tweets, tokenizer):
     figure.savefig("results/selected.png", dpi=80)
 
 
+def state(size):
+    """Mamba reads a sequence in pieces of `size` tokens: microseconds a token, and memory."""
+    import resource
+
+    import mamba_sentiment as ms  # isort: split
+    import numpy as np
+    import tensorflow as tf
+
+    size, tokens = int(size), 2**14 if size == "1" else 2**20
+    ids = np.random.default_rng(0).integers(1, 30522, (1, tokens), dtype="int32")
+    read, carried, times = tf.function(ms.build_model("mamba").read, jit_compile=True), None, []
+    for i in [0, *range(0, tokens, size)]:  # the first call and the second compile
+        start = perf_counter()
+        logits, carried = read(ids[:, i : i + size], carried if i else None)
+        logits.numpy()
+        times.append(1e6 / size * (perf_counter() - start))
+    tenth = len(times) // 10 + 1
+    begin, end = statistics.median(times[1:][:tenth]), statistics.median(times[-tenth:])
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{tokens} tokens in pieces of {size}: {begin:.2f} microseconds a token in the first")
+    print(f"tenth, {end:.2f} in the last; at most {memory:.2f} GiB")
+
+
 def texts(name, label):
     """The cleaned tweets of a data set -> runs/texts/NAME/{train,val,test}.txt, for fastText."""
     import mamba_sentiment as ms
 
-    tweets = ms.read_table(ms.download(name, Path("data")), label=label)
+    tweets = ms.read_table(ms.find_source(name, Path("data"))[1], label=label)
     folder = Path("runs/texts", name)
     folder.mkdir(parents=True, exist_ok=True)
     for split, table in ms.clean_and_split(tweets).items():

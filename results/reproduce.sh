@@ -4,8 +4,8 @@
 #     results/reproduce.sh SECTION ...        in the environment that README.md sets up
 #
 # Sections, with about how long they take on 2 cores: search (1 h), main (4 h), size (1 h),
-# selection (3 h), induction (3 h), crowdflower (30 min), fasttext (3 min), bench (4 min), peers
-# (15 min). An interrupted section resumes; what is trained is not trained again.
+# selection (3 h), induction (3 h), crowdflower (30 min), fasttext (3 min), state (2 min),
+# selected (1 min), bench (4 min), peers (15 min). An interrupted section resumes; what is trained is not trained again.
 #
 # data/ must hold training.1600000.processed.noemoticon.csv (or .xz; downloaded if missing),
 # testdata.manual.2009.06.14.csv, and the vocab.txt of bert-base-uncased as bert-vocab.txt.
@@ -99,6 +99,17 @@ fasttext() {                                # word bigrams, on the same split
     python -m venv .fasttext
     .fasttext/bin/pip install -q fasttext-numpy2
     .fasttext/bin/python results/reproduce.py train_fasttext | tee results/fasttext.txt
+}
+
+state() {                                   # a sequence read in pieces of so many tokens
+    for size in 1 64 4096 1048576; do
+        python results/reproduce.py state "$size"
+    done | tee results/state.txt
+}
+
+selected() {                                # what Mamba selects; after induction and main
+    python results/reproduce.py selected runs/induction/0/delta+B+C/induction/mamba/model.keras \
+        runs/main/0/sentiment140/mamba/model.keras data/sentiment140/tokenizer | tee results/selected.txt
 }
 
 bench() {                                   # on a machine that does nothing else
