@@ -1280,11 +1280,11 @@ def fused_scan(A, u, delta, B, C, h):
 
     def step(h, a, v, B, C):
         h = a * h + v * B  # (n, d)
-        return h, [tf.reduce_sum(C * h, 0, keepdims=True)]
+        return h, [tf.reduce_sum(C * h, 0)]
 
     def chunk(h, u, delta, B, C):
         last, y = scan_steps(step, h, (tf.exp(delta * A), delta * u, B, C), 1)
-        return last, [y, h]
+        return last, [y[:, None], h]
 
     def sequence(_, u, delta, B, C, h):
         last, y, starts = scan_steps(chunk, h, (u, delta, B, C), 2)
@@ -1320,8 +1320,9 @@ def chunk_gradient(A, u, delta, B, C, h, dy, g, unroll=False):
     g_before, g = scan_steps(backward, g, (a, C, dy), 1, reverse=True, unroll=unroll)
     gB = tf.reduce_sum(g * B, -2, keepdims=True)
     ddelta = u * gB + tf.reduce_sum(g * p * A, -2, keepdims=True)
-    dB = tf.matmul(g, v, transpose_b=True)
-    dC = tf.matmul(p, dy, transpose_b=True) + B * tf.matmul(v, dy, transpose_b=True)  # h = p + B v
+    dB = tf.linalg.matvec(g, v[..., 0, :])[..., None]
+    dC = tf.linalg.matvec(p, dy[..., 0, :])[..., None]
+    dC += B * tf.reduce_sum(v * dy, -1, keepdims=True)  # h = p + v B
     return g_before, tf.reduce_sum(g * p * delta, 0), delta * gB, ddelta, dB, dC
 
 

@@ -1,26 +1,30 @@
-"""The Python pieces of reproduce.sh. Each function imports what its own environment has."""
+"""The Python pieces of reproduce.sh: a function's name and its arguments, on the command line."""
 
 import itertools
 import json
-import statistics
+import resource
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from timeit import timeit
 
-TWEETS = "i am so happy today what a wonderful day", "my phone died again and i lost everything"
+import mamba_sentiment as ms  # isort: split
+
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import tensorflow as tf
 
 
 def collect(name):
     """The metrics.json of all models in runs/NAME -> results/NAME.csv, and means over the seeds."""
-    import pandas as pd
-
-    paths = sorted(Path("runs", name).rglob("metrics.json"))
-    metrics = [json.loads(path.read_text()) for path in paths]
+    metrics = [json.loads(x.read_text()) for x in Path("runs", name).rglob("metrics.json")]
     settings = ["model", "selection", "train_sequences", "learning_rate", "dropout", "epochs"]
     scores = ["validation", "accuracy", "low", "high", "macro_f1", "n"]
-    table = pd.DataFrame([x.pop("config") | x for x in metrics])
+    table = pd.DataFrame([x.pop("config") | x for x in metrics]).sort_values([*settings, "seed"])
     table = table[[*settings, "seed", *scores, "parameters", "train_seconds"]]
     table.round(5).to_csv(f"results/{name}.csv", index=False)
     print(table.to_string(index=False))
@@ -31,8 +35,6 @@ def collect(name):
 
 def induction():
     """The lengths.csv of all models in runs/induction -> a table and a figure in results/."""
-    import pandas as pd
-
     rows = []
     for path in sorted(Path("runs/induction").rglob("lengths.csv")):
         accuracy = pd.read_csv(path).iloc[0].to_dict()
@@ -44,11 +46,8 @@ def induction():
     table = pd.DataFrame(rows).sort_values(["model", "seed"])
     table.round(5).to_csv("results/induction.csv", index=False)
     print(table.to_string(index=False))
-    lengths = [column for column in table if column.isdigit()]
-    chart = table.groupby("model", sort=False)[lengths].mean().T.set_axis(map(int, lengths))
-    options = {"title": "Induction heads, trained at 128 tokens", "xlim": (50, 1e6)}
-    options |= {"xlabel": "length", "ylabel": "accuracy, mean of the runs"}
-    axes = chart.plot(logx=True, marker="o", grid=True, figsize=(9, 7), **options)
+    chart = table.drop(columns=["seed", "train_seconds"]).groupby("model", sort=False).mean().T
+    axes = chart.rename(int).plot(title="Accuracy by length", logx=True, marker="o", figsize=(9, 7))
     axes.figure.savefig("results/induction.png")
 
 
@@ -59,55 +58,38 @@ def step_sizes(model, ids):
         u, _, _ = block.convolve(norm(x))
         deltas.append(block.select(u)[0].numpy().mean(-1))
         x += block(norm(x))
-    return deltas
+    return np.array(deltas)
 
 
 def selected(heads, tweets, tokenizer):
     """Two models and a tokenizer -> what Mamba selects in induction heads and in tweets, drawn."""
-    import mamba_sentiment as ms  # isort: split
-    import keras
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    heads, tweets = (keras.models.load_model(path) for path in (heads, tweets))
-    tokenizer = ms.load_tokenizer(tokenizer).backend_tokenizer
+    heads, tweets = keras.models.load_model(heads), keras.models.load_model(tweets)
+    encode = ms.load_tokenizer(tokenizer).backend_tokenizer.encode
     ids, _ = ms.induction_heads(256, 128, seed=3)
-    first, panels = np.argmax(ids == 16, 1), []
-    deltas, positions = step_sizes(heads, ids), np.arange(128) - first[:, None]
-    special, remembered = ids == 16, positions == 1
+    deltas, special = step_sizes(heads, ids), ids == 16
+    remembered = np.pad(special[:, :-1], ((0, 0), (1, 0)))  # the token after a special one
     for layer, delta in enumerate(deltas, 1):
         parts = special, remembered, ~(special | remembered)
         means = ", ".join(f"{delta[part].mean():.3f}" for part in parts)
         print(f"layer {layer}: mean delta at special tokens, the remembered one, others: {means}")
-    row = np.flatnonzero(first == 15)[0]
-    labels = ["*" if x == 16 else str(x) for x in ids[row]]
-    panels.append([labels[:34], [delta[row, :34] for delta in deltas]])
-    for text in TWEETS:
-        words = tokenizer.encode(text)
-        panels.append([words.tokens, [x[0] for x in step_sizes(tweets, np.array([words.ids]))]])
+    row = np.flatnonzero(special[:, 15])[0]
+    panels = [(["*" if x == 16 else x for x in ids[row, :34]], deltas[:, row, :34])]
+    examples = (
+        "i am so happy today what a wonderful day",
+        "my phone died again and i lost everything",
+    )
+    for words in map(encode, examples):
+        panels.append((words.tokens, step_sizes(tweets, np.array([words.ids]))[:, 0]))
     figure, axes = plt.subplots(len(panels), figsize=(10, 8), layout="constrained", sharey=True)
     for axis, (labels, lines) in zip(axes, panels):
-        for layer, line in enumerate(lines, 1):
-            axis.plot(line, marker="o", label=f"layer {layer}")
-        axis.set_xticks(range(len(labels)), labels, rotation=0 if len(labels) > 30 else 30)
-        axis.set(ylabel="delta", ylim=0)
-        axis.grid(alpha=0.3)
-    axes[0].set_title(
-        "Step size delta, mean over the channels. Above: induction heads, * the special token"
-    )
-    axes[1].set_title("Tweets")
-    axes[0].legend()
+        axis.plot(lines.T, marker="o", label=[f"layer {i}" for i, _ in enumerate(lines, 1)])
+        axis.set(xticks=range(len(labels)), xticklabels=labels, ylabel="delta", ylim=0)
+    axes[0].legend(title="step size delta; * is the special token")
     figure.savefig("results/selected.png", dpi=80)
 
 
 def state(size):
-    """Mamba reads a sequence in pieces of `size` tokens: microseconds a token, and memory."""
-    import resource
-
-    import mamba_sentiment as ms  # isort: split
-    import numpy as np
-    import tensorflow as tf
-
+    """Mamba reads a sequence in pieces of `size`: time in its first and last tenth, peak memory."""
     size, tokens = int(size), 2**14 if size == "1" else 2**20
     ids = np.random.default_rng(0).integers(1, 30522, (1, tokens), dtype="int32")
     read, carried, times = tf.function(ms.build_model("mamba").read, jit_compile=True), None, []
@@ -117,22 +99,9 @@ def state(size):
         logits.numpy()
         times.append(1e6 / size * (perf_counter() - start))
     tenth = len(times) // 10 + 1
-    begin, end = statistics.median(times[1:][:tenth]), statistics.median(times[-tenth:])
+    begin, end = median(times[1:][:tenth]), median(times[-tenth:])
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{tokens} tokens in pieces of {size}: {begin:.2f} microseconds a token in the first")
-    print(f"tenth, {end:.2f} in the last; at most {memory:.2f} GiB")
-
-
-def texts(name, label):
-    """The cleaned tweets of a data set -> runs/texts/NAME/{train,val,test}.txt, for fastText."""
-    import mamba_sentiment as ms
-
-    tweets = ms.read_table(ms.find_source(name, Path("data"))[1], label=label)
-    folder = Path("runs/texts", name)
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, table in ms.clean_and_split(tweets).items():
-        lines = "__label__" + table.label + " " + table.text + "\n"
-        (folder / f"{split}.txt").write_text("".join(lines))
+    print(f"{tokens} by {size}: {begin:.2f}, then {end:.2f} microseconds a token; {memory:.2f} GiB")
 
 
 def tfidf():
@@ -141,14 +110,12 @@ def tfidf():
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    def read(split):
-        lines = Path(f"runs/texts/crowdflower/{split}.txt").read_text().splitlines()
-        labels, tweets = zip(*(line.split(" ", 1) for line in lines))
-        return tweets, labels
-
+    source = ms.find_source("crowdflower", Path("data"))[1]
+    tweets = ms.clean_and_split(ms.read_table(source, label="sentiment"))
     words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
-    model = make_pipeline(words, LogisticRegression(max_iter=1000)).fit(*read("train"))
-    accuracy = model.score(*read("test"))
+    model = make_pipeline(words, LogisticRegression(max_iter=1000))
+    model.fit(tweets["train"].text, tweets["train"].label)
+    accuracy = model.score(tweets["test"].text, tweets["test"].label)
     print(f"TF-IDF of words and pairs, logistic regression: test accuracy {accuracy:.4f}")
 
 
@@ -156,14 +123,17 @@ def train_fasttext():
     """Sentiment140: fastText with word bigrams, on the parts of the learning curve."""
     import fasttext
 
-    folder, part = Path("runs/texts/sentiment140"), Path("runs/texts/part.txt")
-    lines = (folder / "train.txt").read_text().splitlines()
+    part, source = Path("runs/fasttext.txt"), ms.find_source("sentiment140", Path("data"))[1]
+    tweets = ms.clean_and_split(ms.read_table(source))
+    tables = tweets["train"], tweets["test"]
+    train, test = ("__label__" + table.label + " " + table.text + "\n" for table in tables)
     options = {"wordNgrams": 2, "dim": 50, "epoch": 2, "lr": 0.2, "minCount": 3, "thread": 2}
     for count in (14683, 146828, None):  # those of the learning curve; None: all
-        part.write_text("\n".join(lines[:count]) + "\n")
+        part.write_text("".join(train[:count]))
         model = fasttext.train_supervised(str(part), verbose=0, **options)
-        n, accuracy, _ = model.test(str(folder / "test.txt"))
-        print(f"{len(lines[:count])} tweets: test accuracy {accuracy:.4f} of {n}")
+        part.write_text("".join(test))
+        n, accuracy, _ = model.test(str(part))
+        print(f"{len(train[:count])} tweets: test accuracy {accuracy:.4f} of {n}")
 
 
 def medians(calls, rounds):
@@ -172,25 +142,13 @@ def medians(calls, rounds):
     for _ in range(rounds + 2):  # the first two compile
         for name, call in calls.items():
             times[name].append(1e3 * timeit(call, number=1))
-    return {name: statistics.median(found[2:]) for name, found in times.items()}
+    return {name: median(found[2:]) for name, found in times.items()}
 
 
 def peer_scans():
     """The scan, forward and with gradient: ours, mambapy's and a loop in PyTorch."""
-    import mamba_sentiment as ms  # first: it sets the environment of TensorFlow
-
-    # isort: split
-    import numpy as np
-    import pandas as pd
-    import tensorflow as tf
     import torch
     from mambapy.pscan import pscan
-
-    def scan_inputs(batch, length, d=128, n=16):
-        random = np.random.default_rng(0)
-        u, delta, B, C = (random.standard_normal((batch, length, x), "f4") for x in (d, d, n, n))
-        A = -np.tile(np.arange(1, n + 1, dtype="f4"), (d, 1))
-        return u, np.log1p(np.exp(delta - 3)), A, B, C, np.ones(d, "f4")
 
     def gradient(*inputs):
         with tf.GradientTape() as tape:
@@ -212,37 +170,37 @@ def peer_scans():
         inflow = (delta * u).unsqueeze(-1) * B.unsqueeze(2)
         return (pscan(a, inflow) @ C.unsqueeze(-1)).squeeze(3) + D * u
 
-    def torch_gradient(scan, leaves):
+    def torch_gradient(scan, inputs):
+        leaves = [x.detach().requires_grad_() for x in inputs]
         return torch.autograd.grad(scan(*leaves).square().sum(), leaves)
 
-    def calls(batch, length):
-        """The calls to time: {pass: {name: function}}."""
-        arrays = scan_inputs(batch, length)
-        inputs = [tf.constant(x) for x in arrays]
-        leaves = [torch.tensor(x, requires_grad=True) for x in arrays]
-        plain = [x.detach() for x in leaves]
-        scan = tf.function(ms.selective_scan, autograph=False)
-        both = tf.function(gradient, autograph=False)
+    def measure(batch, length):
+        random, widths = np.random.default_rng(0), (128, 128, 16, 16)
+        u, delta, B, C = (random.standard_normal((batch, length, x), "f4") for x in widths)
+        A = -np.tile(np.arange(1, 17, dtype="f4"), (128, 1))
+        arrays = u, np.log1p(np.exp(delta - 3)), A, B, C, np.ones(128, "f4")
+        inputs, tensors = [tf.constant(x) for x in arrays], [torch.tensor(x) for x in arrays]
+        compiled = tf.function(ms.selective_scan, autograph=False)
+        compiled_gradient = tf.function(gradient, autograph=False)
+        forward = {
+            "ours": lambda: compiled(*inputs).numpy(),
+            "ours eager": lambda: ms.selective_scan(*inputs).numpy(),
+            "mambapy": lambda: mambapy(*tensors),
+            "loop": lambda: loop(*tensors),
+        }
         gradients = {
-            "ours": lambda: both(*inputs)[0].numpy(),
+            "ours": lambda: compiled_gradient(*inputs)[0].numpy(),
             "ours eager": lambda: gradient(*inputs)[0].numpy(),
-            "mambapy": lambda: torch_gradient(mambapy, leaves),
+            "mambapy": lambda: torch_gradient(mambapy, tensors),
         }
         if length <= 64:  # beyond, the loop's gradient takes seconds
-            gradients["loop"] = lambda: torch_gradient(loop, leaves)
-        forward = {
-            "ours": lambda: scan(*inputs).numpy(),
-            "ours eager": lambda: ms.selective_scan(*inputs).numpy(),
-            "mambapy": lambda: mambapy(*plain),
-            "loop": lambda: loop(*plain),
-        }
-        return {"forward": forward, "with gradient": gradients}
+            gradients["loop"] = lambda: torch_gradient(loop, tensors)
+        return {"forward": medians(forward, 7), "with gradient": medians(gradients, 7)}
 
     print(ms.machine(), *(f"{x} {version(x)}" for x in ("torch", "mambapy", "transformers")))
     rows, shapes = [], [(256, 16), (64, 64), (16, 256), (4, 1024), (1, 4096)]
     for run, (batch, length) in itertools.product((1, 2, 3), shapes):
-        for name, functions in calls(batch, length).items():
-            found = medians(functions, 7)
+        for name, found in measure(batch, length).items():
             row = {"batch": batch, "length": length, "pass": name, **found}
             for peer, own in (("mambapy", "ours"), ("mambapy", "ours eager"), ("loop", "ours")):
                 row[f"{peer} / {own}"] = found.get(peer, np.nan) / found[own]
@@ -256,10 +214,6 @@ def peer_scans():
 
 def peer_steps():
     """A training step of 256 tweets of 24 tokens: our models, and Mamba of transformers."""
-    import mamba_sentiment as ms  # first: it sets what transformers prints
-
-    # isort: split
-    import tensorflow as tf
     import torch
     from transformers import MambaConfig, MambaModel
 
@@ -273,9 +227,8 @@ def peer_steps():
 
     def transformers_step(wrap, **options):
         sizes = {"vocab_size": 30522, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16}
-        model, head = MambaModel(MambaConfig(**sizes, **options)), torch.nn.Linear(64, 3)
+        model, head = wrap(MambaModel(MambaConfig(**sizes, **options))), torch.nn.Linear(64, 3)
         optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()])
-        model = wrap(model)
 
         def step():
             optimizer.zero_grad()
@@ -285,10 +238,10 @@ def peer_steps():
 
         return step
 
-    mambapy = transformers_step(lambda model: model, use_mambapy=True)
+    peers = {"transformers with mambapy": transformers_step(lambda model: model, use_mambapy=True)}
     compiled = transformers_step(torch.compile, use_associative_scan=True)
     print(f"\ncompiling a step of transformers' Mamba: {timeit(compiled, number=1):.0f} s")
-    peers = {"transformers with mambapy": mambapy, "transformers, torch.compile": compiled}
+    peers["transformers, torch.compile"] = compiled
     for name, milliseconds in (medians(steps, 11) | medians(peers, 3)).items():
         print(f"{name}: {milliseconds:.0f} ms, {256e3 / milliseconds:.0f} tweets/s")
 
