@@ -214,7 +214,8 @@ def carry(total, h, A):
     spans twice as many chunks, and total sums delta over them (Hillis and Steele 1986).
     total (b, chunks, 1, d), h (b, chunks + 1, n, d) -> ends, like h.
     """
-    chunks, total = ops.shape(h)[1], tf.pad(total, ((0, 0), (1, 0), (0, 0), (0, 0)))
+    chunks = ops.shape(h)[1]
+    total = tf.pad(total, ((0, 0), (1, 0), (0, 0), (0, 0)))
 
     def double(span, total, h):
         has_earlier = (tf.range(chunks) >= span)[:, None, None]
@@ -231,9 +232,11 @@ def parallel_scan(A, u, delta, B, C, h):
     y = []
     local = tf.zeros_like(S[:, :, 0] * A)  # (b, chunks, n, d)
     for t in range(u.shape[2]):
-        local = tf.exp(delta[:, :, t] * A) * local + v[:, :, t] * B[:, :, t]
+        a = tf.exp(delta[:, :, t] * A)
+        local = a * local + v[:, :, t] * B[:, :, t]
         y.append(tf.reduce_sum(C[:, :, t] * local, 2, keepdims=True))
-    ends = carry(S[:, :, -1], tf.concat([h[:, None], local], 1), A)  # (b, chunks + 1, n, d)
+    local = tf.concat([h[:, None], local], 1)
+    ends = carry(S[:, :, -1], local, A)  # (b, chunks + 1, n, d)
     carried = tf.exp(S * A) * ends[:, :-1, None]  # (b, chunks, k, n, d), which XLA fuses away
     y = tf.stack(y, 2) + tf.reduce_sum(C * carried, 3, keepdims=True)
     return y, ends[:, :-1], ends[:, -1]
@@ -412,7 +415,8 @@ class MambaBlock(layers.Layer):
         if not return_state:
             return y
         # The last kernel - 1 inputs up to the last real position of each row.
-        end = tf.reduce_max(tf.where(real[..., 0] > 0, tf.range(1, ops.shape(x)[1] + 1), 0), 1)
+        count = tf.range(1, ops.shape(x)[1] + 1)
+        end = tf.reduce_max(tf.where(real[..., 0] > 0, count, 0), 1)
         last = end[:, None] + tf.range(self.options["kernel"] - 1)
         return y, (tf.gather(inputs, last, axis=1, batch_dims=1), h)
 
@@ -434,11 +438,13 @@ class SSMBlock(MambaBlock):
         length = ops.shape(u)[1]
         x = tf.linalg.matrix_transpose(tf.cast(u, tf.float32))  # (b, d, l)
         delta = tf.nn.softplus(self.dt_bias)[:, None]  # (d, 1)
-        log_decay = (-tf.exp(self.A_log) * delta)[..., None] * tf.range(length, dtype=x.dtype)
+        rates = -tf.exp(self.A_log) * delta  # (d, n)
+        log_decay = rates[..., None] * tf.range(length, dtype=x.dtype)
         kernel = tf.einsum("dn,dnl->dl", self.C * self.B * delta, tf.exp(log_decay))
         # Zero-padded to twice the length, because the convolution of an FFT is circular.
         spectrum = tf.signal.rfft(x, [2 * length]) * tf.signal.rfft(kernel, [2 * length])
-        y = tf.signal.irfft(spectrum, [2 * length])[..., :length] + self.D[:, None] * x  # (b, d, l)
+        y = tf.signal.irfft(spectrum, [2 * length])[..., :length]
+        y += self.D[:, None] * x  # (b, d, l)
         return tf.cast(tf.linalg.matrix_transpose(y), u.dtype), None
 
     def call(self, x, mask=None):
@@ -523,7 +529,8 @@ class TweetClassifier(keras.Model):
 
         def drop(x, i):
             """Drop whole channels of a sequence, as `keras.layers.SpatialDropout1D`."""
-            rate, shape = self.config.dropout if training else 0, (ops.shape(x)[0], 1, x.shape[2])
+            rate = self.config.dropout if training else 0
+            shape = ops.shape(x)[0], 1, x.shape[2]
             # Under XLA on a CPU the default random number generator is 20 times slower. i << 40: each
             # layer has a seed of its own.
             dropout = tf.nn.experimental.stateless_dropout
@@ -611,7 +618,10 @@ def require(condition, message):
 
 @contextlib.contextmanager
 def reading(path, advice, errors=Exception):
-    """Turn errors of the libraries called in the block into a UserError that names `path`."""
+    """Turn errors of the libraries called in the block into a UserError that names `path`.
+
+    Only for what reads a file, so that a mistake in the code keeps its traceback.
+    """
     try:
         yield
     except errors as error:
@@ -623,7 +633,8 @@ def say(text, **options):
     try:
         print(text, flush=True, **options)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), options.get("file", sys.stdout).fileno())
+        stream = options.get("file", sys.stdout)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def one_line(text):
@@ -647,7 +658,11 @@ def atomic_write(path, write, **options):
 
 
 def clean_tweet(text):
-    """A tweet in lower case with nothing but letters and single spaces: "I CAN'T!" -> "i cant"."""
+    """A tweet in lower case with nothing but letters and single spaces.
+
+    HTML entities are unescaped; links, @mentions, #hashtags and apostrophes are removed ("can't" ->
+    "cant"), any other run of non-letters becomes a space ("so...good" -> "so good").
+    """
     text = REMOVED.sub("", unicodedata.normalize("NFC", html.unescape(text).lower()))
     # Letters, and the marks that are part of a word in many scripts.
     letters = (c if c.isalpha() or unicodedata.category(c) in ("Mn", "Mc") else " " for c in text)
@@ -655,7 +670,9 @@ def clean_tweet(text):
 
 
 def find_source(data, data_dir):
-    """`--data` -> (name, path): a file as it is; one of DOWNLOADS in `data_dir`, got if missing."""
+    """`--data` -> (name, path): a file as it is; one of DOWNLOADS in `data_dir`, compressed or not,
+    downloaded if it is not there. auto: sentiment140, or crowdflower if that cannot be downloaded.
+    """
     if data == "auto":
         try:
             return find_source("sentiment140", data_dir)
@@ -687,7 +704,12 @@ def find_source(data, data_dir):
 
 
 def read_table(path, text="text", label="label"):
-    """A CSV as a DataFrame of strings; text, label: its columns that become `text` and `label`."""
+    """A CSV, compressed or not, as a DataFrame of strings with the columns `text` and `label`.
+
+    text, label: the names of these columns in its header. Without a header it has the six columns
+    of Sentiment140. Unnamed columns and empty rows are left out, spaces and case of labels do not
+    count, and bytes that are not UTF-8 are latin-1. Any other file: UserError, with the row.
+    """
     errors = []
     csv.field_size_limit(2**31 - 1)  # a long text is no error
 
@@ -716,7 +738,8 @@ def read_table(path, text="text", label="label"):
         table = table[table.fillna("").ne("").any(axis=1)]  # a spreadsheet may end in empty rows
         require(names.count(text) == names.count(label) == 1, f"row 1: {names}")
         table = table.set_axis(names, axis=1).drop(columns="", errors="ignore")
-        table = table.assign(text=table[text], label=table[label].str.strip().str.lower())
+        labels = table[label].str.strip().str.lower()
+        table = table.assign(text=table[text], label=labels)
         broken = table.index[table.isna().any(axis=1) | (table.label == "")] + 1
         require(broken.empty, f"cut short, or without a right label: row {list(broken[:9])}")
         return table
@@ -742,7 +765,9 @@ def clean_and_split(tweets):
 
 
 def load_tokenizer(spec, texts=()):
-    """A BERT tokenizer of the hub, of a folder, of a vocab.txt, or ("train") trained on texts."""
+    """A BERT tokenizer: of the Hugging Face hub, of a folder, of a vocab.txt, or ("train") with a
+    WordPiece vocabulary of the texts, the same for the same texts. Else UserError.
+    """
     from huggingface_hub import snapshot_download  # here, because it takes a second
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast
@@ -791,7 +816,10 @@ def induction_heads(sequences, length, seed):
 
 
 def find_preprocessed(arguments):
-    """(folder of `--data`, its meta.json) or None; auto: the latest. UserError if it changed."""
+    """(folder of `--data`, its meta.json), or None if it is not there; auto: the latest.
+
+    UserError if the file or a setting is not the one that it was made with.
+    """
     found, name = [], Path(arguments.data).stem
     for path in arguments.data_dir.glob("*/meta.json"):
         latest = arguments.data == "auto" and path.parent.name != "induction"
@@ -817,7 +845,10 @@ def find_preprocessed(arguments):
 
 
 def preprocess(arguments):
-    """Write {train,val,test}_tokenized.csv, tokenizer/, meta.json of `--data` -> folder, meta."""
+    """Write {train,val,test}_tokenized.csv, test.csv, tokenizer/ and meta.json -> folder, meta.
+
+    meta.json is removed first and written last: what was interrupted is not taken for a result.
+    """
     arguments.data_dir.mkdir(parents=True, exist_ok=True)
     data, source = find_source(arguments.data, arguments.data_dir)
     folder, meta, splits = arguments.data_dir / Path(data).stem, {}, {}
@@ -986,7 +1017,7 @@ def training_step(model, optimizer):
 
 
 def predict_logits(model, ids):
-    """Logits (sequences, classes) of token ids (sequences, length), in their order."""
+    """Logits (sequences, classes), float32, of token ids (sequences, length), in their order."""
     if len(ids) <= 100:  # compiling would take 2 seconds more
         return model(ids).numpy()
     logits = np.zeros((len(ids) + 1, model.config.classes), "float32")  # the last: rows of -1
@@ -1005,7 +1036,8 @@ def scores(labels, predictions):
     ]
     accuracy, spread = correct.mean(), 1.96**2 / len(labels)
     # It holds each x for which this accuracy is likely: (accuracy - x)^2 <= spread x (1 - x).
-    low, high = np.sort(np.roots([1 + spread, -2 * accuracy - spread, accuracy**2])).clip(0, 1)
+    bounds = np.roots([1 + spread, -2 * accuracy - spread, accuracy**2])
+    low, high = np.sort(bounds).clip(0, 1)
     metrics = {"accuracy": accuracy, "low": low, "high": high, "macro_f1": np.mean(f1)}
     return metrics | {"n": len(labels)}
 
@@ -1090,7 +1122,11 @@ def train_model(name, config, meta, splits, run, restart):
 
 
 def train_command(arguments, models=None):
-    """Train {folder: settings}, or the models asked for -> (run folder, table of metrics)."""
+    """Train {folder: settings}, or the models asked for -> (run folder, table of metrics).
+
+    Preprocesses first if that is not done. A lock keeps a second process out of a run folder; it
+    ends with its process, and of a cluster only the chief takes it.
+    """
     models = models or {name: {} for name in MODELS if arguments.model in (name, "all")}
     strategy, rows = all_devices(), []
     with strategy.scope():
@@ -1107,7 +1143,7 @@ def train_command(arguments, models=None):
             changed = dataclasses.replace(config, **changes)
             path, advice = run / folder, "another process trains in it; give another --run-dir"
             lock = filelock.FileLock(path / ".lock", blocking=False)
-            if not strategy.extended.should_checkpoint:  # of a cluster only the chief locks
+            if not strategy.extended.should_checkpoint:
                 lock = contextlib.nullcontext()
             with reading(path, advice, TimeoutError), lock:
                 metrics = train_model(
@@ -1147,7 +1183,10 @@ def load_trained(arguments):
 
 
 def evaluate_command(arguments):
-    """Test trained models side by side; write predictions.csv, a row per tweet."""
+    """Test trained models side by side; write predictions.csv, a row per tweet.
+
+    It has the columns of the tested file and the answer of each model, and can be tested again.
+    """
     data, meta, run, models = load_trained(arguments)
     names, labels = list(models), pd.Index(meta["labels"])
     require(bool(arguments.lengths) == (data.name == "induction"), "--lengths goes with induction")
@@ -1179,7 +1218,8 @@ def evaluate_command(arguments):
     say_table(f"accuracy, its 95 % interval, McNemar's test with {names[0]}", pd.DataFrame(rows))
     if names[1:]:
         differ = table[table[names].nunique(axis=1) > 1]
-        examples = differ[["label", *names]].assign(text=differ.text.str[:60].map(one_line))[:12]
+        texts = differ.text.str[:60].map(one_line)
+        examples = differ[["label", *names]].assign(text=texts)[:12]
         say_table(f"they disagree on {len(differ):,} of {len(table):,} tweets", examples)
     atomic_write(run / "predictions.csv", table.to_csv, index=False, quoting=csv.QUOTE_NONNUMERIC)
 
@@ -1283,7 +1323,8 @@ def fused_scan(A, u, delta, B, C, h):
         return h, [tf.reduce_sum(C * h, 0)]
 
     def chunk(h, u, delta, B, C):
-        last, y = scan_steps(step, h, (tf.exp(delta * A), delta * u, B, C), 1)
+        a = tf.exp(delta * A)  # (k, n, d)
+        last, y = scan_steps(step, h, (a, delta * u, B, C), 1)
         return last, [y[:, None], h]
 
     def sequence(_, u, delta, B, C, h):
@@ -1351,11 +1392,14 @@ def parallel_gradient(A, u, delta, B, C, h, starts, dy, dlast):
     # g[i], the gradient of the state before chunk i, comes through y and the state after it:
     # g[i] = sum_t C[t] dy[t] exp(A S[t]) + exp(A S[-1]) g[i+1]. So `carry`, from the end.
     S = tf.cumsum(delta, 2)
-    local = tf.concat([tf.reduce_sum(C * tf.exp(S * A) * dy, 2), dlast[:, None]], 1)
+    local = tf.reduce_sum(C * tf.exp(S * A) * dy, 2)
+    local = tf.concat([local, dlast[:, None]], 1)
     g = carry(S[:, ::-1, -1], local[:, ::-1], A)[:, ::-1]
-    u, delta, B, C, dy = (tf.transpose(x, (2, 0, 1, 3, 4)) for x in (u, delta, B, C, dy))
+    arrays = u, delta, B, C, dy
+    u, delta, B, C, dy = (tf.transpose(x, (2, 0, 1, 3, 4)) for x in arrays)
     _, dA, *gradients = chunk_gradient(A, u, delta, B, C, starts, dy, g[:, 1:], unroll=True)
-    return tf.reduce_sum(dA, 1), *(tf.transpose(x, (1, 2, 0, 3, 4)) for x in gradients), g[:, 0]
+    gradients = (tf.transpose(x, (1, 2, 0, 3, 4)) for x in gradients)
+    return tf.reduce_sum(dA, 1), *gradients, g[:, 0]
 
 
 def fast_method():
@@ -1416,8 +1460,10 @@ def scan_by_method(u, delta, A, B, C, h, method):
         y, starts, last = on_shards(forward, *arrays)
         return (y, last), lambda dy, dlast: gradient(*arrays, starts, dy, dlast)
 
-    u, delta, B, C = cut(u, 1, channels), cut(delta, 1, channels), cut(B, -1, 1), cut(C, -1, 1)
-    y, h = scan(tf.transpose(A), u, delta, B, C, tf.transpose(h, (0, 2, 1)))
+    u, delta = cut(u, 1, channels), cut(delta, 1, channels)
+    B, C = cut(B, -1, 1), cut(C, -1, 1)
+    h = tf.transpose(h, (0, 2, 1))
+    y, h = scan(tf.transpose(A), u, delta, B, C, h)
     y = tf.reshape(y, (batch, chunks * steps, channels))[:, :length]
     return y, tf.transpose(h, (0, 2, 1))
 
