@@ -353,8 +353,10 @@ class MambaBlock(layers.Layer):
         # As in the official code: softplus(dt_bias) is log-uniform on [0.001, 0.1], and A starts as
         # -1, -2 ... -n in each channel (S4D-Real, the paper's section 3.6). log(expm1) inverts softplus.
         delta = np.exp(np.random.uniform(math.log(0.001), math.log(0.1), d))
-        self.dt_bias = self.scan_weight("dt_bias", (d,), constant(np.log(np.expm1(delta))))
-        self.A_log = self.scan_weight("A_log", (d, n), constant(np.log(np.arange(1, n + 1))))
+        dt_bias = np.log(np.expm1(delta))
+        A_log = np.log(np.arange(1, n + 1))
+        self.dt_bias = self.scan_weight("dt_bias", (d,), constant(dt_bias))
+        self.A_log = self.scan_weight("A_log", (d, n), constant(A_log))
         self.D = self.scan_weight("D", (d,), "ones")
         self.out_proj = weight((d, w), linear_init(depth**-0.5), name="out_proj")
 
@@ -407,8 +409,15 @@ class MambaBlock(layers.Layer):
         return selective_scan(u, delta, -tf.exp(self.A_log), B, C, self.D, **options)
 
     def call(self, x, mask=None, initial_state=None, return_state=False):
+        """x (b, l, w) -> (b, l, w) or, with `return_state`, that and the state after x.
+
+        The state, also that of `initial_state`, is a pair: the last inputs of the convolution
+        (b, kernel - 1, d) and h (b, d, n). So a sequence can be read piece by piece, exactly.
+        """
         earlier, h = initial_state or (None, None)
-        real = tf.ones_like(x[..., :1]) if mask is None else tf.cast(mask, x.dtype)[..., None]
+        if mask is None:
+            mask = tf.ones_like(x[..., 0])
+        real = tf.cast(mask, x.dtype)[..., None]
         u, gate, inputs = self.convolve(x, real, earlier)
         y, h = self.ssm(u, real, h)
         y = tf.tensordot(y * tf.nn.silu(gate), self.out_proj, 1)
@@ -435,6 +444,7 @@ class SSMBlock(MambaBlock):
         self.C = self.scan_weight("C", (d, n), normal())
 
     def ssm(self, u, real, h):
+        """The convolution; padding is 0 in u already, and there is no h -> y (b, l, d), None."""
         length = ops.shape(u)[1]
         x = tf.linalg.matrix_transpose(tf.cast(u, tf.float32))  # (b, d, l)
         delta = tf.nn.softplus(self.dt_bias)[:, None]  # (d, 1)
@@ -472,6 +482,7 @@ class AttentionBlock(layers.Layer):
         self.attention.build(input_shape, input_shape)
 
     def call(self, x, mask=None):
+        """x (b, l, w), mask (b, l), False at padding -> (b, l, w)."""
         length, width = ops.shape(x)[1:]
         rates = 1e4 ** -tf.range(0.0, 1.0, 2 / width)
         angles = tf.range(length, dtype=tf.float32)[:, None] * rates
@@ -520,7 +531,11 @@ class TweetClassifier(keras.Model):
         return super().get_config() | config
 
     def call(self, ids, training=False, seed=None):
-        """`seed`: (2,) int64, the seed of dropout in training; None: a random one."""
+        """ids (b, l) int32 -> logits (b, classes) float32.
+
+        seed: (2,) int64, that of dropout in training; the same seed drops the same channels. None:
+        a random one.
+        """
         empty = not ids.shape[0]  # or of unknown size: neither XLA nor an FFT takes an empty batch
         if empty:
             ids = tf.pad(ids, ((0, 1), (0, 0)))
@@ -639,7 +654,8 @@ def say(text, **options):
 
 def one_line(text):
     """A text or an error on one line, without control characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    printable = (c if c.isprintable() else " " for c in str(text))
+    return " ".join("".join(printable).split())
 
 
 def sha256(path):
@@ -1030,10 +1046,10 @@ def predict_logits(model, ids):
 def scores(labels, predictions):
     """Accuracy, its 95 % interval (Wilson 1927), macro F1 over the labels that occur, and n."""
     correct = labels == predictions
-    f1 = [
-        2 * correct[labels == x].sum() / ((labels == x).sum() + (predictions == x).sum())
-        for x in np.unique(labels)
-    ]
+    f1 = []
+    for label in np.unique(labels):
+        actual, predicted = labels == label, predictions == label
+        f1.append(2 * (actual & predicted).sum() / (actual.sum() + predicted.sum()))
     accuracy, spread = correct.mean(), 1.96**2 / len(labels)
     # It holds each x for which this accuracy is likely: (accuracy - x)^2 <= spread x (1 - x).
     bounds = np.roots([1 + spread, -2 * accuracy - spread, accuracy**2])
@@ -1067,7 +1083,8 @@ def train_model(name, config, meta, splits, run, restart):
     optimizer = make_optimizer(model, steps)
     step = training_step(model, optimizer)
     variables = [*model.variables, *optimizer.variables, *best.variables]
-    sums, history, seconds, path = np.zeros(2), [], 0.0, run / "checkpoint.npz"
+    sums, history, seconds = np.zeros(2), [], 0.0
+    path = run / "checkpoint.npz"
     if path.exists() and not restart:
         with reading(path, "--restart starts the training over"), np.load(path) as file:
             text, sums, *arrays = file.values()
@@ -1081,12 +1098,14 @@ def train_model(name, config, meta, splits, run, restart):
     start, reported, saved = perf_counter() - seconds, seconds, -math.inf
     for i, batch in enumerate(load_batches(plan[done:], ids, labels), done + 1):
         sums += step(*batch).numpy()
-        loss, seconds = sums[0] / sums[1], perf_counter() - start
+        loss = sums[0] / sums[1]
+        seconds = perf_counter() - start
         require(math.isfinite(loss), "the loss is not finite; take a lower --learning-rate")
         if sys.stdout.isatty():
             bar.update(i, [("loss", loss)])
         elif seconds - reported > REPORT_SECONDS:
-            reported, speed = seconds, i / seconds
+            reported = seconds
+            speed = i / seconds
             say(
                 f"step {i} of {steps}, loss {loss:.4g}, "
                 f"{config.batch_size * speed:,.0f} texts/s, {(steps - i) / speed:,.0f} s left"
@@ -1104,7 +1123,8 @@ def train_model(name, config, meta, splits, run, restart):
             )
             sums = np.zeros(2)
         if remainder == 0 or seconds - saved > CHECKPOINT_SECONDS:
-            saved, text = seconds, json.dumps([identity, history, seconds])
+            saved = seconds
+            text = json.dumps([identity, history, seconds])
             arrays = {str(j): x for j, x in enumerate([text, sums, *variables])}
             atomic_write(path, np.savez, **arrays)
     model.set_weights(best.get_weights())
@@ -1188,7 +1208,8 @@ def evaluate_command(arguments):
     It has the columns of the tested file and the answer of each model, and can be tested again.
     """
     data, meta, run, models = load_trained(arguments)
-    names, labels = list(models), pd.Index(meta["labels"])
+    names = list(models)
+    labels = pd.Index(meta["labels"])
     require(bool(arguments.lengths) == (data.name == "induction"), "--lengths goes with induction")
     require(not (arguments.lengths and arguments.test), "--test goes with tweets")
     if arguments.lengths:
@@ -1230,7 +1251,8 @@ def predict_command(arguments):
     lines = getattr(sys.stdin, "buffer", sys.stdin) or ()
     decode = functools.partial(str, encoding="utf-8", errors="replace")
     tweets = arguments.text or [x if isinstance(x, str) else decode(x) for x in lines]
-    clean, labels = [clean_tweet(tweet) for tweet in tweets], meta["labels"]
+    clean = [clean_tweet(tweet) for tweet in tweets]
+    labels = meta["labels"]
     ids = tokenize(load_tokenizer(data / "tokenizer"), clean, meta["settings"]["max_length"])
     logits = predict_logits(models[arguments.model], ids)
     for tweet, words, probabilities in zip(tweets, clean, tf.nn.softmax(logits).numpy()):
@@ -1394,7 +1416,8 @@ def parallel_gradient(A, u, delta, B, C, h, starts, dy, dlast):
     S = tf.cumsum(delta, 2)
     local = tf.reduce_sum(C * tf.exp(S * A) * dy, 2)
     local = tf.concat([local, dlast[:, None]], 1)
-    g = carry(S[:, ::-1, -1], local[:, ::-1], A)[:, ::-1]
+    total = S[:, ::-1, -1]
+    g = carry(total, local[:, ::-1], A)[:, ::-1]
     arrays = u, delta, B, C, dy
     u, delta, B, C, dy = (tf.transpose(x, (2, 0, 1, 3, 4)) for x in arrays)
     _, dA, *gradients = chunk_gradient(A, u, delta, B, C, starts, dy, g[:, 1:], unroll=True)
