@@ -119,7 +119,7 @@ class Config:
     selection: str = setting("delta+B+C", "what depends on the input (mamba)", choices=SELECTIONS)
     heads: int = setting(4, "attention heads (transformer)", 1)
     pooling: str = setting("mean", "how the head pools the positions", choices=("mean", "last"))
-    classes: int = setting(3, "number of classes", 2, 3)
+    classes: int = setting(3, "number of classes; from the data, not a flag")
     tokenizer: str = setting("bert-base-uncased", "of the hub, a folder, a vocab.txt, or train")
     vocab_size: int = setting(30522, "size of the vocabulary; if not given, that of the data", 2)
     max_length: int = setting(64, "tokens per sequence; a longer text is truncated", 4, 2**16)
@@ -1162,13 +1162,12 @@ def train_command(arguments, models=None):
             name = folder if folder in MODELS else "mamba"  # ablate/...
             changed = dataclasses.replace(config, **changes)
             path, advice = run / folder, "another process trains in it; give another --run-dir"
-            lock = filelock.FileLock(path / ".lock", blocking=False)
-            if not strategy.extended.should_checkpoint:
-                lock = contextlib.nullcontext()
-            with reading(path, advice, TimeoutError), lock:
-                metrics = train_model(
-                    name, changed, meta, (train, val, test), path, arguments.restart
-                )
+            splits = train, val, test
+            with contextlib.ExitStack() as locks:
+                if strategy.extended.should_checkpoint:
+                    with reading(path, advice, TimeoutError):
+                        locks.enter_context(filelock.FileLock(path / ".lock", blocking=False))
+                metrics = train_model(name, changed, meta, splits, path, arguments.restart)
             rows.append({"model": folder} | metrics)
     table = pd.DataFrame(rows)
     say_table(f"test accuracy of the models in {run}", table)
