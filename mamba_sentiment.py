@@ -616,7 +616,7 @@ DOWNLOADS = {
 }
 # Links, mentions, hashtags; apostrophes, also wrongly decoded ones, and invisible characters.
 REMOVED = re.compile(
-    r"(?:https?://|www\.)[!-~]+|[@＠][a-z0-9_]+|['’\x92\ufffd\xad\u200c\u200d\ufe0f]|ï¿½|"
+    r"https?:[!-~]*|\bwww\.[a-z0-9][!-~]*|[@＠][a-z0-9_]+|['’\x92\ufffd\xad\u200c\u200d\ufe0f]|ï¿½|"
     r"[#＃][^\s\x00-/:-@\[-^`{-\xbf\u2000-\u206f\u3000-\u303f\uff00-\uff20\ufffd]+"
 )
 

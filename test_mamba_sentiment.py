@@ -468,6 +468,7 @@ def test_tweets_are_cleaned():
         "I\xef\xbf\xbdm 1½ m² ① Iʼm\ufffd I\ufffdm ❤️1️⃣": "im m iʼm im",
         "मुझे पसंद है! ฉันรักคุณ İa می\u200cخواهم": "मुझे पसंद है ฉันรักคุณ i̇a میخواهم",
         "@userこんにちは http://t.co/aこれ #tagねこ #ねこcat #हिन्दी ＃tag, x #B2B。y": "こんにちは これ x y",
+        "Awww...so cute, awww.yes www...no (www.a.b/c) http:/ ...": "awww so cute awww yes www no",
         "@you #tag 123 :-)": "",
     }
     for raw, left in clean.items():
