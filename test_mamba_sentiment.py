@@ -586,7 +586,7 @@ def test_changed_or_half_written_data_are_refused(monkeypatch, capsys):
         refuses(capsys, f"{train} {flags}", "data/t", word, "preprocess")
     save(path, path.read_text().replace(" ok", " yes"))
     for command in (train, "evaluate", "predict hi"):
-        refuses(capsys, f"{command} --data data/t.csv", "another ['data/t.csv']", "preprocess")
+        refuses(capsys, f"{command} --data data/t.csv", "another data/t.csv", "preprocess")
     assert main("preprocess --tokenizer train --data data/t.csv --max-length 9") == 0
     assert pd.read_csv("data/t/val_tokenized.csv").shape[1] == 10
     arguments = ms.parse_arguments(["preprocess", "--data", "data/t.csv", "--tokenizer", "train"])
@@ -711,7 +711,7 @@ def test_checkpoints_reports_and_the_best_epoch(monkeypatch, capsys):
             train_tiny("x")
         assert os.listdir("x") == ["checkpoint.npz"]
     train_tiny("x")
-    assert re.search("after step 2 of 6\n+epoch 1, loss 1", capsys.readouterr().out)
+    assert re.search("after step 2 of 6\n+step 3 of 6, loss 1, epoch 1,", capsys.readouterr().out)
     with pytest.raises(ms.UserError, match="x/checkpoint.npz: written with other.*--restart"):
         train_tiny("x", data="other")
     i, hits = np.arange(20), itertools.cycle([5, 19, 19, 1, 0])  # of 20: four epochs, the test
@@ -849,7 +849,8 @@ def test_predict_takes_any_bytes(trained, monkeypatch, capsys):
     assert re.search("data/tweets, .*\nmodels: mamba of runs/tweets\n", errors)
     tweets = [b"great sun", b"", b"\x00\x1b[31m lost\r", b"\xff\xfe\xfd", b"love the caf\xe9"]
     tweets += ["\u202eabc \u05e9 \U0001f642".encode(), b"x" * 1_000_000]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(tweets))))
+    lines = io.BytesIO(b"\n".join(tweets))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines, "utf-8", "replace", "\n"))
     assert main("predict --model lstm") == 0
     answers = capsys.readouterr().out.splitlines()
     assert len(answers) == len(tweets) and all(answer.isprintable() for answer in answers)
@@ -887,7 +888,7 @@ def test_damaged_files_are_read_or_refused_by_name(trained):
 # ------------------------------------------------------------------------ 8 Ablation and timing
 def test_ablate_trains_each_selection_once(monkeypatch, capsys):
     monkeypatch.setattr(ms, "SELECTIONS", ("none", "C"))
-    monkeypatch.setattr(ms, "INDUCTION", [(name, 1000, 0) for name in ("train", "val", "test")])
+    monkeypatch.setattr(ms, "INDUCTION", dict.fromkeys(["train", "val", "test"], 1000))
     command = "ablate --data induction --max-length 8 --limit 64 --width 8 --depth 1"
     for flag, models in ((" --selection none", ["ablate/none"]), ("", ["ablate/none", "ablate/C"])):
         assert main(command + flag) == 0
@@ -898,7 +899,7 @@ def test_ablate_trains_each_selection_once(monkeypatch, capsys):
     assert list(pd.read_csv("runs/induction/lengths.csv")) == ["model", "20"]
     assert os.path.getsize("runs/induction/ablate/ablate.png") > 9999
     refuses(capsys, "predict hi --data induction", "tokenizer")
-    monkeypatch.setattr(ms, "INDUCTION", [("train", 10**13, 0)])
+    monkeypatch.setattr(ms, "INDUCTION", {"train": 10**13})
     refuses(capsys, "preprocess --data induction", "allocate", "sizes")
     refuses(capsys, "evaluate --data induction --lengths 20 --test x", "--test")
 
@@ -932,7 +933,7 @@ def test_script_runs_in_notebooks_services_and_pipes(trained):
     script = f"{sys.executable} {SCRIPT} predict --model lstm"
     env = os.environ | {"MPLBACKEND": "x"}
     options = {"env": env, "capture_output": True, "text": True}
-    for command in (f"{script} hi <&- >&- 2>&-", f"{script} 'great sun' b | head -1"):
+    for command in (f"{script} hi <&- >&- 2>&-", f"printf 'great sun\n\377b' | {script} | head -1"):
         done = subprocess.run(["bash", "-o", "pipefail", "-c", command], check=True, **options)
         assert "Error" not in done.stderr, done.stderr
     assert done.stdout.startswith("positive")
