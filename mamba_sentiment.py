@@ -646,9 +646,16 @@ def one_line(text):
     return " ".join("".join(printable).split())
 
 
+def read_bytes(path):
+    """The content of a file, decompressed if its name ends in .gz, .bz2, .xz or .zip."""
+    options = {"is_text": False, "compression": "infer"}
+    with reading(path, "expected a CSV"), pd.io.common.get_handle(path, "rb", **options) as file:
+        return file.handle.read()
+
+
 def sha256(path):
-    """The sha256 of a file, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """The sha256 of the content of a file, in hexadecimal."""
+    return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
 def atomic_write(path, write, **options):
@@ -723,9 +730,8 @@ def read_table(path, text_column="text", label_column="label"):
     codecs.register_error("latin_1", latin_1)
     csv.field_size_limit(2**31 - 1)  # a long text is no error
     columns = [text_column, label_column]
+    content = read_bytes(path)
     with reading(path, f"expected a CSV whose header names each of {columns} once"):
-        with pd.io.common.get_handle(path, "rb", is_text=False, compression="infer") as opened:
-            content = opened.handle.read()
         encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         encoding = "utf-32" if content[:4] == codecs.BOM_UTF32 else encoding
         file = io.StringIO(content.decode(encoding, "latin_1"), newline="")
