@@ -129,7 +129,7 @@ class Config:
 LONG_MEMORY = {"max_length": 128, "pooling": "last", "learning_rate": 3e-3, "batch_size": 32}
 DATA_DEFAULTS = {
     "sentiment140": {},
-    "crowdflower": {"batch_size": 64, "dropout": 0.3, "label_column": "sentiment"},
+    "crowdflower": {"batch_size": 64, "label_column": "sentiment"},
     "induction": {"epochs": 1, "dropout": 0.0, "weight_decay": 0.0, **LONG_MEMORY},
 }
 PREPARATION = ("tokenizer", "max_length", "text_column", "label_column")  # for `preprocess`
@@ -1130,7 +1130,7 @@ def train_command(arguments, models=None):
         say(machine())
         data, meta = find_preprocessed(arguments) or preprocess(arguments)
         settings, given = meta["settings"], arguments.settings
-        changed = [x for x in PREPARATION if given.get(x, settings[x]) != settings[x]]
+        changed = [x for x in PREPARATION if x in given and given[x] != settings.get(x)]
         require(not changed, f"{data} was made with another {changed}; preprocess it again")
         config = Config(**DATA_DEFAULTS.get(data.name, {}) | settings | given)
         files = (data / f"{split}_tokenized.csv" for split in ("train", "val", "test"))
