@@ -737,9 +737,7 @@ def read_table(path, text_column="text", label_column="label"):
         file = io.StringIO(content.decode(encoding, "latin_1"), newline="")
         if positions:
             line = content.count(b"\n", 0, positions[0]) + 1
-            say(
-                f"data: {path} is read as latin-1 in {len(positions):,} places, first in line {line}"
-            )
+            say(f"data: {path}: latin-1 in {len(positions):,} places, first in line {line}")
         # This engine tells a missing field from an empty one.
         table = pd.read_csv(file, header=None, dtype=str, keep_default_na=False, engine="python")
         table = table[table.fillna("").ne("").any(axis=1)]  # a spreadsheet may end in empty rows
@@ -1189,9 +1187,7 @@ def evaluate_command(arguments):
     labels = pd.Index(meta["labels"])
     names, rows = list(models), []
     if data.name == "induction":
-        require(
-            arguments.lengths and not arguments.test, "--data induction takes --lengths, not --test"
-        )
+        require(arguments.lengths and not arguments.test, "induction takes --lengths, not --test")
         table = pd.DataFrame({"model": names})
         for length in arguments.lengths:
             ids, numbers = induction_heads(256, length, seed=3)
