@@ -98,7 +98,7 @@ def setting(default, help, low=0, high=2**31 - 1, choices=None):
 
 @dataclasses.dataclass
 class Config:
-    """Every hyperparameter. Only the command line checks the values."""
+    """Every setting. Only the command line checks the values."""
 
     width: int = setting(64, "width of the embedding and the residual stream", 1)
     depth: int = setting(2, "number of layers", 1)
@@ -126,11 +126,11 @@ class Config:
 
 
 # Defaults that differ for a data set. A flag on the command line overrides them.
-LONG_MEMORY = {"max_length": 128, "pooling": "last", "learning_rate": 3e-3, "batch_size": 32}
 DATA_DEFAULTS = {
     "sentiment140": {},
     "crowdflower": {"batch_size": 64, "label_column": "sentiment"},
-    "induction": {"epochs": 1, "dropout": 0.0, "weight_decay": 0.0, **LONG_MEMORY},
+    "induction": {"epochs": 1, "batch_size": 32, "learning_rate": 3e-3, "max_length": 128}
+    | {"dropout": 0.0, "weight_decay": 0.0, "pooling": "last"},
 }
 PREPARATION = ("tokenizer", "max_length", "text_column", "label_column")  # for `preprocess`
 
@@ -139,11 +139,11 @@ PREPARATION = ("tokenizer", "max_length", "text_column", "label_column")  # for 
 # A state space model (SSM) handles each channel separately. It carries a state h of n numbers
 # through time and reads it:
 #
-#     h'(t) = A h(t) + B u(t),      y(t) = C . h(t)                           (the paper's eq. 1)
+#     dh/dt = A h(t) + B u(t),      y(t) = C . h(t)                           (the paper's eq. 1)
 #
 # A is diagonal: n decay rates. Each token is one step of time, of size delta. Over a step in
 # which u does not change (zero-order hold, eq. 4), h is multiplied by exp(delta A), and u adds
-# B (exp(delta A) - 1) / A. The official code replaces this by delta B, the limit for small delta.
+# B u (exp(delta A) - 1) / A. The official code adds delta B u, the limit for small delta.
 # A skip connection D u is added to y:
 #
 #     h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]                      (eq. 2a)
@@ -184,42 +184,44 @@ def sequential_scan(u, delta, A, B, C, h):
 
 
 # On a GPU each of the l steps starts several small operations. The parallel method cuts the sequence
-# into chunks of k = 8 steps, treats each as a sequence that starts from h = 0, and computes all of
-# them at once: 8 steps instead of l. The recurrence is linear in h, so a local state lacks only the
-# state before the chunk, times the decays since. Their product is exp of a cumulative sum of log
-# decays, with t counted from the start of the chunk:
+# into chunks of k = 8 steps, treats each as a sequence that starts from h = 0, and computes these
+# local states of all chunks at once: 8 steps instead of l. The recurrence is linear in h, so a local
+# state lacks only the state before the chunk, times the decays since. Their product is exp of a
+# cumulative sum of log decays, with t counted from the start of the chunk:
 #
 #     h[t] = local h[t] + exp(A S[t]) h_before,      S[t] = delta[0] + ... + delta[t]
 #
-# With t at the end of each chunk this is a recurrence over chunks, which `carry` solves. All of it
-# is safe for every input: A S <= 0, so exp cannot overflow; if it underflows to 0, so does the true
-# product; and nothing is divided by it.
+# With t at the end of each chunk this is a recurrence over chunks, which `carry` solves in log2 of
+# their number of rounds. All of it is safe for every input: A S <= 0, so exp cannot overflow; if it
+# underflows to 0, so does the true product; and nothing is divided by it.
 #
-# Both fast methods lay the state out as (n, d), and their inputs so that all products broadcast:
+# For both fast methods section 9 lays out the state as (n, d), and the inputs so that all products
+# broadcast:
 # A (n, d), u and delta (b, chunks, k, 1, d), B and C (b, chunks, k, n, 1), h (b, n, d).
 
 
 def carry(total, h, A):
-    """The states before and after each chunk, from h: the first, and those that the chunks end with.
+    """The states before and after each chunk, from h: h[0] is the state before the first chunk, h[i+1]
+    the local state at the end of chunk i, over which delta sums to total[i].
 
-    ends[0] = h[0], ends[i+1] = exp(A total[i]) ends[i] + h[i+1], by doubling: after each round h
-    spans twice as many chunks, and total sums delta over them (Hillis and Steele 1986).
+    ends[0] = h[0], ends[i+1] = exp(A total[i]) ends[i] + h[i+1], by doubling: after each round h[i]
+    has in it what twice as many chunks add, and total sums delta over them (Hillis and Steele 1986).
     total (b, chunks, 1, d), h (b, chunks + 1, n, d) -> ends, like h.
     """
-    chunks = ops.shape(h)[1]
-    total = tf.pad(total, ((0, 0), (1, 0), (0, 0), (0, 0)))
+    states = ops.shape(h)[1]
+    total = tf.pad(total, ((0, 0), (1, 0), (0, 0), (0, 0)))  # as many as h
 
     def double(span, total, h):
-        has_earlier = (tf.range(chunks) >= span)[:, None, None]
+        has_earlier = (tf.range(states) >= span)[:, None, None]
         earlier = [tf.where(has_earlier, tf.roll(x, span, 1), 0) for x in (total, h)]  # x[i - span]
         return 2 * span, total + earlier[0], h + tf.exp(A * total) * earlier[1]
 
-    return tf.while_loop(lambda span, *_: span < chunks, double, (1, total, h))[2]
+    return tf.while_loop(lambda span, *_: span < states, double, (1, total, h))[2]
 
 
 @compiled
 def parallel_scan(A, u, delta, B, C, h):
-    """-> y without D u, the state before each chunk (b, chunks, n, d), and the last state."""
+    """-> y without D u, like u; the state before each chunk (b, chunks, n, d); the last state."""
     S, v = tf.cumsum(delta, 2), delta * u
     y = []
     local = tf.zeros_like(S[:, :, 0] * A)  # (b, chunks, n, d)
@@ -248,7 +250,7 @@ def selective_scan(
     D                 (d,) or None
     initial_state     (b, d, n), the state before t = 0; None: zeros
     method            "sequential", "parallel", "fused", or "auto": parallel where TensorFlow
-                      has a GPU, else fused, with a shard of the batch on each CPU core
+                      has a GPU, else fused, with a part of the batch on each CPU core
 
     Returns y (b, l, d) in the dtype of u or, with `return_state`, (y, last state (b, d, n)).
     Computes in float32 (float64 if u is float64). Differentiable in every argument and through the
@@ -262,13 +264,14 @@ def selective_scan(
     sizes = dict(zip("dn", A.shape)) | dict(zip("bld", u.shape))
     inputs = {"u bld": u, "delta bld": delta, "A dn": A, "B bln": B, "C bln": C}
     inputs |= {"initial_state bdn": h, "D d": D}
+    inputs = {name: tf.cast(x, dtype) for name, x in inputs.items()}
     for name, x in inputs.items():
-        name, letters = name.split()
+        name, letters = name.split()  # the letters of the shape
         shape = tuple(sizes.get(letter) for letter in letters)
-        if not tf.TensorShape(x.shape).is_compatible_with(shape) or 0 in shape[1:]:
+        if not x.shape.is_compatible_with(shape) or 0 in shape[1:]:
             shape = f"({', '.join(letters)}) = {shape}, with only the batch allowed to be 0"
             raise ValueError(f"{name} must have the shape {shape}, not {tuple(x.shape)}")
-    *inputs, D = (tf.cast(x, dtype) for x in inputs.values())
+    *inputs, D = inputs.values()
     slow = method == "sequential" or u.shape[0] == 0
     y, h = sequential_scan(*inputs) if slow else fast_scan(*inputs, method)  # section 9
     y = tf.cast(y + D * inputs[0], u.dtype)
@@ -277,14 +280,17 @@ def selective_scan(
 
 # --------------------------------------------------------------------------- 3 The four blocks
 #
-# A block maps (b, l, w) to (b, l, w). Padding is on the right, where a causal block reads it after
-# all real positions. Only attention, which reads in both directions, needs the padding mask.
+# A block maps (b, l, w) to (b, l, w). The classifier pads on the right, where a causal block reads
+# padding after all tokens, so only attention, which reads in both directions, needs the mask.
+# Saved models find registered classes by their names.
 registered = keras.saving.register_keras_serializable("mamba_sentiment")
 normal = functools.partial(keras.initializers.RandomNormal, stddev=1.0)
 
 
 def linear_init(scale=1.0):
-    """Uniform on ±scale / sqrt(fan_in), as in PyTorch and so in the official code."""
+    """Uniform on ±scale / sqrt(fan_in), as in PyTorch and so in the official code: the variance is
+    scale² / 3 / fan_in.
+    """
     return keras.initializers.VarianceScaling(scale**2 / 3, "fan_in", "uniform")
 
 
@@ -313,8 +319,8 @@ class MambaBlock(layers.Layer):
 
     state, kernel     n, and the width of the convolution
     expand            d / w
-    depth             layers of the model: the weights of out_proj start smaller by its root
-    selection         what depends on the input; the rest is learned, for `ablate`
+    depth             layers of the model: out_proj starts divided by its square root
+    selection         what depends on the token; the rest is the same for all, for `ablate`
 
     `call` takes a mask (b, l), False at padding, on the left or the right, which is then skipped.
     The state is the last kernel - 1 inputs of the convolution and h.
@@ -333,7 +339,7 @@ class MambaBlock(layers.Layer):
 
     def build(self, input_shape):
         w, (n, kernel, expand, depth, selection) = input_shape[-1], self.options.values()
-        d, constant = expand * w, keras.initializers.Constant
+        d, initial = expand * w, keras.initializers.Constant
         self.in_proj = self.weight("in_proj", (w, 2 * d), linear_init())
         self.conv_kernel = self.weight("conv_kernel", (kernel, d), linear_init())
         bias_init = keras.initializers.RandomUniform(-(kernel**-0.5), kernel**-0.5)
@@ -343,9 +349,9 @@ class MambaBlock(layers.Layer):
         # -1, -2 ... -n in each channel (S4D-Real, the paper's section 3.6). log(expm1) inverts softplus.
         delta = np.exp(np.random.uniform(math.log(0.001), math.log(0.1), d))
         dt_bias = np.log(np.expm1(delta))
-        self.dt_bias = self.weight("dt_bias", (d,), constant(dt_bias), "float32")
+        self.dt_bias = self.weight("dt_bias", (d,), initial(dt_bias), "float32")
         A_log = np.log(np.arange(1, n + 1))
-        self.A_log = self.weight("A_log", (d, n), constant(A_log), "float32")
+        self.A_log = self.weight("A_log", (d, n), initial(A_log), "float32")
         self.D = self.weight("D", (d,), "ones", "float32")
         self.out_proj = self.weight("out_proj", (d, w), linear_init(depth**-0.5))
 
@@ -359,25 +365,25 @@ class MambaBlock(layers.Layer):
         self.sizes = [r, n, n]
         self.x_proj = self.weight("x_proj", (d, r + 2 * n), linear_init(), "float32")
         self.dt_proj = self.weight("dt_proj", (r, d), linear_init(), "float32")
-        self.selected = None
-        if selection != SELECTIONS[-1]:
-            parts = [name in selection.split("+") for name in ("delta", "B", "C")]
-            self.selected = np.repeat(parts, self.sizes)
+        selected = [name in selection.split("+") for name in ("delta", "B", "C")]
+        self.selected = None if all(selected) else np.repeat(selected, self.sizes)
+        if self.selected is not None:
             self.constant = self.weight("constant", (r + 2 * n,), normal(), "float32")
 
     def convolve(self, x, real=1.0, earlier=None):
-        """Up-projection and convolution: x (b, l, w) -> u, gate (b, l, d), the convolution's inputs.
+        """Linear projection up and convolution: x (b, l, w) -> u, gate (b, l, d), and the inputs of
+        the convolution.
 
         real (b, l, 1): 0 at padding. earlier (b, kernel - 1, d): the inputs before x; None: zeros.
         """
         x, gate = tf.split(tf.tensordot(x, self.in_proj, 1), 2, -1)
         batch, length, channels = ops.shape(x)
-        width = self.options["kernel"]
+        kernel = self.options["kernel"]
         if earlier is None:
-            earlier = tf.zeros((batch, width - 1, channels), x.dtype)
+            earlier = tf.zeros((batch, kernel - 1, channels), x.dtype)
         inputs = tf.concat([earlier, real * x], 1)
-        # Causal and depthwise: the inputs start width - 1 steps before t = 0.
-        taps = [inputs[:, i : i + length] * self.conv_kernel[i] for i in range(width)]
+        # Causal and depthwise: the inputs start kernel - 1 steps before t = 0.
+        taps = [inputs[:, i : i + length] * self.conv_kernel[i] for i in range(kernel)]
         return real * tf.nn.silu(sum(taps) + self.conv_bias), gate, inputs
 
     def select(self, u):
@@ -413,7 +419,7 @@ class MambaBlock(layers.Layer):
         y = tf.tensordot(y * tf.nn.silu(gate), self.out_proj, 1)
         if not return_state:
             return y
-        # The last kernel - 1 inputs up to the last real position of each row.
+        # The last kernel - 1 inputs up to the last token of each row; inputs[i + kernel - 1] is x[i].
         count = tf.range(1, ops.shape(x)[1] + 1)
         end = tf.reduce_max(tf.where(real[..., 0] > 0, count, 0), 1)
         last = end[:, None] + tf.range(self.options["kernel"] - 1)
@@ -425,7 +431,7 @@ class SSMBlock(MambaBlock):
     """The Mamba block without selection: delta, B and C are learned, the same for every token.
 
     This is a time-invariant diagonal SSM (the paper's algorithm 1): y is D u plus u convolved with
-    sum_n C exp(t delta A) delta B (eq. 3). This kernel is as long as the sequence, so the
+    the kernel sum_n C exp(t delta A) delta B (eq. 3). It is as long as the sequence, so the
     convolution is computed by FFT, which takes and returns no state.
     """
 
@@ -438,13 +444,13 @@ class SSMBlock(MambaBlock):
         length = ops.shape(u)[1]
         x = tf.linalg.matrix_transpose(tf.cast(u, tf.float32))  # (b, d, l)
         delta = tf.nn.softplus(self.dt_bias)[:, None]  # (d, 1)
-        rates = -tf.exp(self.A_log) * delta  # (d, n)
-        log_decay = rates[..., None] * tf.range(length, dtype=x.dtype)
+        log_decay = -tf.exp(self.A_log) * delta  # of one step, (d, n)
+        log_decay = log_decay[..., None] * tf.range(length, dtype=x.dtype)  # (d, n, l)
         kernel = tf.einsum("dn,dnl->dl", self.C * self.B * delta, tf.exp(log_decay))
         # Zero-padded to twice the length, because the convolution of an FFT is circular.
-        spectrum = tf.signal.rfft(x, [2 * length]) * tf.signal.rfft(kernel, [2 * length])
-        y = tf.signal.irfft(spectrum, [2 * length])[..., :length]
-        y += self.D[:, None] * x  # (b, d, l)
+        size = [2 * length]
+        spectrum = tf.signal.rfft(x, size) * tf.signal.rfft(kernel, size)
+        y = tf.signal.irfft(spectrum, size)[..., :length] + self.D[:, None] * x  # (b, d, l)
         return tf.cast(tf.linalg.matrix_transpose(y), u.dtype), None
 
     def call(self, x, mask=None):
@@ -452,33 +458,26 @@ class SSMBlock(MambaBlock):
 
 
 @registered
-class AttentionBlock(layers.Layer):
-    """The Transformer's first half: bidirectional self-attention, (b, l, w) -> (b, l, w).
+class AttentionBlock(layers.MultiHeadAttention):
+    """Bidirectional self-attention, (b, l, w) -> (b, l, w), the first half of a Transformer's layer.
 
     Masks padding. Adds sinusoidal position encodings (Vaswani et al. 2017) to queries and keys.
     """
 
-    def __init__(self, heads=4, **keywords):
-        super().__init__(**keywords)
-        self.supports_masking = True
-        self.heads = heads
-
-    def get_config(self):
-        return super().get_config() | {"heads": self.heads}
-
     def build(self, input_shape):
-        size = max(1, input_shape[-1] // self.heads)
-        self.attention = layers.MultiHeadAttention(self.heads, size, dtype=self.dtype_policy)
-        self.attention.build(input_shape, input_shape)
+        super().build(input_shape, input_shape)
+
+    def compute_output_spec(self, x, mask=None):
+        return keras.KerasTensor(x.shape, self.compute_dtype)
 
     def call(self, x, mask=None):
         """x (b, l, w), mask (b, l), False at padding -> (b, l, w)."""
         length, width = ops.shape(x)[1:]
-        rates = 1e4 ** -tf.range(0.0, 1.0, 2 / width)
-        angles = tf.range(length, dtype=tf.float32)[:, None] * rates
+        frequencies = 1e4 ** -tf.range(0.0, 1.0, 2 / width)
+        angles = tf.range(length, dtype=tf.float32)[:, None] * frequencies
         positions = tf.concat([tf.sin(angles), tf.cos(angles)], -1)[:, :width]  # (l, w)
         query = x + tf.cast(positions, x.dtype)
-        return self.attention(query=query, value=x, key=query, key_mask=mask)
+        return super().call(query, x, query, key_mask=mask)
 
 
 def layer_blocks(name, config):
@@ -490,8 +489,9 @@ def layer_blocks(name, config):
         return [SSMBlock(*sizes)]
     if name == "lstm":  # without cuDNN, whose kernel XLA cannot compile
         return [layers.LSTM(config.width, return_sequences=True, use_cudnn=False)]
+    attention = AttentionBlock(config.heads, max(1, config.width // config.heads))
     inner = layers.Dense(config.expand * config.width, "gelu")
-    return [AttentionBlock(config.heads), keras.Sequential([inner, layers.Dense(config.width)])]
+    return [attention, keras.Sequential([inner, layers.Dense(config.width)])]
 
 
 # ---------------------------------------------------------------------------- 4 The classifier
@@ -526,8 +526,8 @@ class TweetClassifier(keras.Model):
         seed: (2,) int64, that of dropout in training; the same seed drops the same channels. None:
         a random one.
         """
-        empty = not ids.shape[0]  # or of unknown size: neither XLA nor an FFT takes an empty batch
-        if empty:
+        padded = not ids.shape[0]  # neither XLA nor an FFT takes an empty batch; None may be empty
+        if padded:
             ids = tf.pad(ids, ((0, 1), (0, 0)))
         if seed is None:
             seed = tf.random.uniform((2,), maxval=2**31, dtype=tf.int64)
@@ -536,8 +536,8 @@ class TweetClassifier(keras.Model):
             """Drop whole channels of a sequence, as `keras.layers.SpatialDropout1D`."""
             rate = self.config.dropout if training else 0
             shape = ops.shape(x)[0], 1, x.shape[2]
-            # Under XLA on a CPU the default random number generator is 20 times slower. i << 40: each
-            # layer has a seed of its own.
+            # Philox, as the default takes 20 times as long under XLA on a CPU. i << 40: each layer has
+            # a seed of its own.
             dropout = tf.nn.experimental.stateless_dropout
             return dropout(x, rate, seed + [i << 40, 0], "philox", shape)
 
@@ -548,10 +548,10 @@ class TweetClassifier(keras.Model):
             x += drop(block(norm(x), **masked), i)
         pooled, count = self.pool(drop(self.norm(x), len(self.blocks) + 1), mask)
         logits = self.head(pooled / tf.maximum(count, 1))
-        return logits[:-1] if empty else logits
+        return logits[:-1] if padded else logits
 
     def pool(self, x, mask):
-        """The sum of the real positions, or the last of them (b, w), and their number (b, 1)."""
+        """x summed over the tokens, or at the last token (b, w), and the number summed (b, 1)."""
         real = tf.cast(mask, tf.float32)[:, :, None]
         if self.config.pooling == "last":
             real *= tf.cast(tf.cumsum(real, 1, reverse=True) == 1, tf.float32)  # only the last
@@ -605,7 +605,7 @@ DOWNLOADS = {
 }
 # Links, mentions, hashtags; apostrophes, also wrongly decoded ones, and invisible characters.
 REMOVED = re.compile(
-    r"https?:[!-~]*|\bwww\.[a-z0-9][!-~]*|[@＠][a-z0-9_]+|['’\x92\ufffd\xad\u200c\u200d\ufe0f]|ï¿½|"
+    r"https?:[!-~]*|(?<![a-z])www\.[a-z0-9][!-~]*|[@＠][a-z0-9_]+|['’\x92\ufffd\xad\u200c\u200d\ufe0f]|ï¿½|"
     r"[#＃][^\s\x00-/:-@\[-^`{-\xbf\u2000-\u206f\u3000-\u303f\uff00-\uff20\ufffd]+"
 )
 
@@ -658,13 +658,13 @@ def sha256(path):
     return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
-def atomic_write(path, write, **options):
-    """`write(path, **options)`, but atomically. Of several machines, only one writes."""
+def atomic_write(path, write, *arguments, **options):
+    """`write(path, ...)`, but atomically. Of several machines, only one writes."""
     if tf.distribute.get_strategy().extended.should_checkpoint:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
             temporary = Path(folder, path.name)
-            write(temporary, **options)
+            write(temporary, *arguments, **options)
             temporary.replace(path)
 
 
@@ -697,8 +697,6 @@ def find_source(data, data_dir):
     for suffix in ("", ".gz", ".bz2", ".xz", ".zip"):
         present = Path(f"{path}{suffix}")
         if present.is_file():
-            if sha256(present) != digest:
-                say(f"data: using {present}, whose sha256 is not that of the published file")
             return data, present
     advice = f"put the file at {path} yourself"
     with tempfile.TemporaryDirectory(dir=data_dir) as folder, reading(source, advice):
@@ -835,12 +833,13 @@ def find_preprocessed(arguments):
         if latest or path.parent.name == name:
             with reading(path, "preprocess its --data again"):
                 meta = json.loads(path.read_text())
+                require({"labels", "counts", "settings"} < meta.keys(), "incomplete")
                 found.append((str(meta.pop("preprocessed")), path.parent, meta))
     if not found:
         return None
     time, folder, meta = max(found)
     say(f"data: {folder}, preprocessed {time}", sys.stderr)
-    same = not os.path.isfile(arguments.data) or sha256(arguments.data) == meta["sha256"]
+    same = not os.path.isfile(arguments.data) or sha256(arguments.data) == meta.get("sha256")
     require(same, f"{folder} was made with another {arguments.data}; preprocess it again")
     return folder, meta
 
@@ -884,6 +883,8 @@ def preprocess(arguments):
         atomic_write(folder / "test.csv", tweets["test"].to_csv, index=False)
         meta["vocabulary"] = sha256(folder / "tokenizer" / "tokenizer.json")
         meta["sha256"] = sha256(source)
+        if data in DOWNLOADS and meta["sha256"] != DOWNLOADS[data][-1]:
+            say(f"data: used {source}, whose sha256 is not that of the published file")
     for split, (ids, numbers) in splits.items():
         table = pd.DataFrame(ids).assign(label=numbers)
         atomic_write(folder / f"{split}_tokenized.csv", table.to_csv, index=False)
@@ -954,9 +955,12 @@ def make_optimizer(model, steps):
 
 
 def machine():
-    """One line on what computes here."""
-    devices = [device.name for device in tf.config.list_logical_devices()]
-    return f"{' '.join(devices)}, {os.cpu_count()} cores, TensorFlow {tf.__version__}"
+    """One line on the device: which GPU or CPU, and how many cores."""
+    details = tf.config.experimental.get_device_details
+    names = [details(gpu)["device_name"] for gpu in tf.config.list_physical_devices("GPU")]
+    if not names and os.path.exists("/proc/cpuinfo"):
+        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[:1]
+    return f"{', '.join(names) or 'CPU'}, {os.cpu_count()} cores, TensorFlow {tf.__version__}"
 
 
 def all_devices():
@@ -990,7 +994,9 @@ def training_step(model, optimizer):
         return [sums, *tape.gradient(losses, model.trainable_variables)]
 
     def update(sums, *summed):
-        clipped, _ = tf.clip_by_global_norm([x / sums[1] for x in summed], config.clip_norm)
+        clipped, _ = tf.clip_by_global_norm(
+            [tf.cast(x, tf.float32) / sums[1] for x in summed], config.clip_norm
+        )
         # Keras sums the gradients over the devices; here they are the same on each.
         optimizer.apply([x / devices for x in clipped])
 
@@ -1005,8 +1011,9 @@ def training_step(model, optimizer):
         return sums[0]  # the same on each device
 
     @tf.function(autograph=False)
-    def step(*batch):
-        return strategy.experimental_local_results(strategy.run(on_device, batch))[0]
+    def step(rows, ids, labels):
+        results = strategy.run(on_device, (rows, ids, labels))
+        return strategy.experimental_local_results(results)[0]
 
     return step
 
@@ -1099,8 +1106,7 @@ def train_model(name, config, meta, splits, run, restart):
         if remainder == 0 or seconds > saved + CHECKPOINT_SECONDS:
             saved = seconds
             text = json.dumps([identity, history, seconds])
-            arrays = {str(j): x for j, x in enumerate([text, sums, *variables])}
-            atomic_write(path, np.savez, **arrays)
+            atomic_write(path, np.savez, text, sums, *variables)
     model.set_weights(best.get_weights())
     history = pd.DataFrame(history)
     metrics = scores(test[1], predict_logits(model, test[0]).argmax(1)) | {
@@ -1132,24 +1138,24 @@ def train_command(arguments, models=None):
         require(not changed, f"{data} was made with another {changed}; preprocess it again")
         config = Config(**DATA_DEFAULTS.get(data.name, {}) | settings | given)
         files = (data / f"{split}_tokenized.csv" for split in ("train", "val", "test"))
-        train, val, test = (read_tokenized(file, config) for file in files)
+        train, *held = (read_tokenized(file, config) for file in files)
         train = [x[: config.limit or None] for x in train]  # in random order
         config.batch_size = min(config.batch_size, len(train[0]))
-        for folder, changes in models.items():
+        runs = arguments.run_dir / data.name
+        for folder, own in models.items():
+            run = runs / folder
             advice = "give another --run-dir"
-            run = arguments.run_dir / data.name / folder
             lock = filelock.FileLock(run / ".lock", blocking=False)
             lock = lock if strategy.extended.should_checkpoint else contextlib.nullcontext()
             with reading(f"another process trains in {run}", advice, filelock.Timeout), lock:
                 name = folder if folder in MODELS else "mamba"  # ablate/...
-                own = dataclasses.replace(config, **changes)
-                splits = train, val, test
+                splits = [train, *held]
+                own = dataclasses.replace(config, **own)
                 metrics = train_model(name, own, meta, splits, run, arguments.restart)
             rows.append({"model": folder} | metrics)
-    run = arguments.run_dir / data.name
     table = pd.DataFrame(rows)
-    say_table(f"test accuracy of the models in {run}", table)
-    return run, table
+    say_table(f"test accuracy of the models in {runs}", table)
+    return runs, table
 
 
 # ------------------------------------------------------------------- 7 Evaluation and prediction
@@ -1168,10 +1174,11 @@ def load_trained(arguments):
     for name in MODELS:
         path, advice = run / name / "model.keras", f"create it with train --model {name}"
         if name == arguments.model or arguments.model == "all" and path.exists():
-            # Other errors are a programmer's.
-            with reading(path, advice, (OSError, ValueError, zipfile.BadZipFile, UserError)):
+            with reading(path, advice):
                 metrics = json.loads(path.with_name("metrics.json").read_text())
                 require(meta.items() <= metrics.items(), "trained with other data")
+                require(zipfile.ZipFile(path).testzip() is None, "damaged")
+            with reading(path, advice, (ValueError, KeyError)):  # other errors are a programmer's
                 models[name] = keras.models.load_model(path, compile=False)  # runs no code in it
     require(models, f"{run} has no model; create it with train --model mamba")
     say(f"models: {', '.join(models)} of {run}", sys.stderr)
@@ -1196,6 +1203,7 @@ def evaluate_command(arguments):
         say_table("accuracy on induction heads by length", table)
         return atomic_write(run / "lengths.csv", table.to_csv, index=False)
     require(not arguments.lengths, "--lengths is for --data induction")
+    require(arguments.test or not arguments.settings, "the columns are those of --test")
     path = arguments.test or data / "test.csv"
     table = read_table(path, **arguments.settings if arguments.test else {})
     known = table.label.map(dict(zip(labels, meta["counts"]))) > 0  # in the training texts
@@ -1206,11 +1214,9 @@ def evaluate_command(arguments):
     texts = table.text.map(clean_tweet).tolist()
     ids = tokenize(load_tokenizer(data / "tokenizer"), texts, meta["settings"]["max_length"])
     for name, model in models.items():
-        answers = predict_logits(model, ids).argmax(1)
-        table[name] = labels[answers]
+        table[name] = labels[predict_logits(model, ids).argmax(1)]
         compared = mcnemar(table[names[0]] == table.label, table[name] == table.label)
-        numbers = labels.get_indexer(table.label)
-        rows.append({"model": name} | scores(numbers, answers) | compared)
+        rows.append({"model": name} | scores(table.label, table[name]) | compared)
     say_table(f"accuracy, its 95 % interval, McNemar's test with {names[0]}", pd.DataFrame(rows))
     if names[1:]:
         differ = table[table[names].nunique(axis=1) > 1]
@@ -1388,11 +1394,9 @@ def parallel_gradient(A, u, delta, B, C, h, starts, dy, dlast):
     S = tf.cumsum(delta, 2)
     local = tf.reduce_sum(C * tf.exp(S * A) * dy, 2)
     local = tf.concat([local, dlast[:, None]], 1)
-    total = S[:, ::-1, -1]
-    g = carry(total, local[:, ::-1], A)[:, ::-1]
-    arrays = u, delta, B, C, dy
-    u, delta, B, C, dy = (tf.transpose(x, (2, 0, 1, 3, 4)) for x in arrays)
-    _, dA, *gradients = chunk_gradient(A, u, delta, B, C, starts, dy, g[:, 1:], unroll=True)
+    g = carry(S[:, ::-1, -1], local[:, ::-1], A)[:, ::-1]
+    *arrays, dy = (tf.transpose(x, (2, 0, 1, 3, 4)) for x in (u, delta, B, C, dy))
+    _, dA, *gradients = chunk_gradient(A, *arrays, starts, dy, g[:, 1:], unroll=True)
     gradients = (tf.transpose(x, (1, 2, 0, 3, 4)) for x in gradients)
     return tf.reduce_sum(dA, 1), *gradients, g[:, 0]
 
@@ -1549,7 +1553,8 @@ if __name__ == "__main__":
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "r+")  # noqa: SIM115, a service may close them
         if isinstance(stream, io.TextIOWrapper):  # not in a notebook
-            stream.reconfigure(errors="replace")  # for terminals that have no emoji
+            # For terminals that have no emoji; a text from a pipe is UTF-8.
+            stream.reconfigure(errors="replace", encoding="utf-8" if name == "stdin" else None)
         setattr(sys, name, stream)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
