@@ -222,7 +222,8 @@ def carry(total, h, A):
 @compiled
 def parallel_scan(A, u, delta, B, C, h):
     """-> y without D u, like u; the state before each chunk (b, chunks, n, d); the last state."""
-    S, v = tf.cumsum(delta, 2), delta * u
+    S = tf.cumsum(delta, 2)
+    v = delta * u
     y = []
     local = tf.zeros_like(S[:, :, 0] * A)  # (b, chunks, n, d)
     for t in range(u.shape[2]):
@@ -565,14 +566,17 @@ class TweetClassifier(keras.Model):
         if self.block != "mamba":
             raise ValueError(f"only mamba reads a text in pieces, not {self.block}")
         states, pooled, count = state or ([None] * len(self.blocks), 0.0, 0.0)
-        mask, x, last_states = tf.not_equal(ids, 0), self.embedding(ids), []
+        mask = tf.not_equal(ids, 0)
+        x = self.embedding(ids)
+        last_states = []
         for norm, block, before in zip(self.norms, self.blocks, states):
             y, after = block(norm(x), mask, initial_state=before, return_state=True)
             x += y
             last_states.append(after)
         piece, number = self.pool(self.norm(x), mask)
         keep = 1 - number if self.config.pooling == "last" else 1  # a later position replaces it
-        pooled, count = keep * pooled + piece, keep * count + number
+        pooled = keep * pooled + piece
+        count = keep * count + number
         return self.head(pooled / tf.maximum(count, 1)), (last_states, pooled, count)
 
     @tf.function(autograph=False)
