@@ -1360,14 +1360,18 @@ def chunk_gradient(A, u, delta, B, C, h, dy, g, unroll=False):
         g += C * dy
         return a * g, [g]
 
+    def over_channels(x, y):
+        if unroll:  # for a GPU, which would round a product of matrices to TF32
+            return tf.reduce_sum(x * y, -1, keepdims=True)
+        return tf.linalg.matvec(x, y[..., 0, :])[..., None]
+
     a, v = tf.exp(delta * A), delta * u
     _, p = scan_steps(forward, h, (a, v, B), 1, unroll=unroll)
     g_before, g = scan_steps(backward, g, (a, C, dy), 1, reverse=True, unroll=unroll)
     gB = tf.reduce_sum(g * B, -2, keepdims=True)
     ddelta = u * gB + tf.reduce_sum(g * p * A, -2, keepdims=True)
-    dB = tf.linalg.matvec(g, v[..., 0, :])[..., None]
-    dC = tf.linalg.matvec(p, dy[..., 0, :])[..., None]
-    dC += B * tf.reduce_sum(v * dy, -1, keepdims=True)  # h = p + v B
+    dB = over_channels(g, v)
+    dC = over_channels(p, dy) + B * tf.reduce_sum(v * dy, -1, keepdims=True)  # h = p + v B
     return g_before, tf.reduce_sum(g * p * delta, 0), delta * gB, ddelta, dB, dC
 
 

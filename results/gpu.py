@@ -84,7 +84,7 @@ def peer_call(peer, inputs, gradient):
 
 
 def run(folder):
-    """Check and time the programs -> exit status; 1: an error above 1e-5, or 1e-2 with TF32."""
+    """Check and time the programs -> exit status; 1: error above 1e-5, in a model (TF32) 1e-2."""
     import jax.export
 
     jax.config.update("jax_enable_x64", True)  # some inputs are int64
@@ -113,7 +113,7 @@ def run(folder):
             rows.append([*program, by, 0 if by in peers else seconds, np.max(errors), *times])
             print("{:24}{:>6}{:>6} {:10}{:7.1f} s{:9.1e}{:10.3f} ms".format(*rows[-1]), flush=True)
     np.savetxt(folder / "gpu.csv", rows, "%s", ",")
-    return int(not all(x[5] < (1e-5 if x[0] == "scan" else 1e-2) for x in rows[1:]))
+    return int(not all(x[5] < (1e-5 if "scan" in x[0] else 1e-2) for x in rows[1:]))
 
 
 if __name__ == "__main__":
