@@ -5,7 +5,7 @@
 #
 # Sections, with about how long they take on 2 cores: search (1 h), main (4 h), size (1 h),
 # selection (3 h), induction (3 h), crowdflower (30 min), fasttext (3 min), state (2 min),
-# selected (1 min), bench (8 min), peers (15 min). What is trained is not trained again.
+# selected (1 min), bench (2 min), peers (15 min). What is trained is not trained again.
 #
 # data/ must hold training.1600000.processed.noemoticon.csv (or .xz; downloaded if missing),
 # testdata.manual.2009.06.14.csv, and the vocab.txt of bert-base-uncased as bert-vocab.txt.
@@ -88,11 +88,9 @@ selected() {                                # what Mamba selects; after inductio
     python results/reproduce.py selected runs/induction/0/delta+B+C/induction/mamba/model.keras \
         runs/main/0/sentiment140/mamba/model.keras data/sentiment140/tokenizer | tee results/selected.txt
 }
-bench() {                                   # on a machine that does nothing else; the next TensorFlow
+bench() {                                   # on a machine that does nothing else
     mamba bench
     cp runs/bench/latency.csv runs/bench/latency.png results
-    python -m venv .next && .next/bin/pip install -q -r requirements.txt tensorflow==2.22.0rc0
-    .next/bin/python mamba_sentiment.py bench --run-dir runs/next | tee results/next.txt
 }
 peers() {                                   # the same; each in a process of its own
     for comparison in peer_scans peer_steps; do peer "$comparison"; done | tee results/peers.txt
