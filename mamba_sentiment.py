@@ -25,7 +25,7 @@ Glossary. Sizes are lower case; arrays are named as in the paper. (b, ...) is a 
     u               x           u, x            (b, l, d)   input of the scan
     delta           Delta       dt              (b, l, d)   step size, not negative
     A               A           A               (d, n)      decay rates, negative: -exp(A_log)
-    B, C            B, C        B, C            (b, l, n)   input and output projection of the state;
+    B, C            B, C        B, C            (b, l, n)   input and output projections of h;
                                                             (d, n) where the same for all tokens
     D                           D               (d,)        skip connection from u to y
     h               h           state           (b, d, n)   state
@@ -183,11 +183,11 @@ def sequential_scan(u, delta, A, B, C, h):
     return tf.einsum("lbdn,bln->bld", states, C), states[-1]
 
 
-# On a GPU each of the l steps starts several small operations. The parallel method cuts the sequence
-# into chunks of k = 8 steps, treats each as a sequence that starts from h = 0, and computes these
-# local states of all chunks at once: 8 steps instead of l. The recurrence is linear in h, so a local
-# state lacks only the state before the chunk, times the decays since. Their product is exp of a
-# cumulative sum of log decays, with t counted from the start of the chunk:
+# On a GPU each of the l steps starts several small operations. The parallel method cuts the
+# sequence into chunks of k = 8 steps, treats each as a sequence that starts from h = 0, and
+# computes these local states of all chunks at once: 8 steps instead of l. The recurrence is linear
+# in h, so a local state lacks only the state before the chunk, times the decays since. Their
+# product is exp of a cumulative sum of log decays, with t counted from the start of the chunk:
 #
 #     h[t] = local h[t] + exp(A S[t]) h_before,      S[t] = delta[0] + ... + delta[t]
 #
@@ -196,16 +196,16 @@ def sequential_scan(u, delta, A, B, C, h):
 # underflows to 0, so does the true product; and nothing is divided by it.
 #
 # For both fast methods section 9 lays out the state as (n, d), and the inputs so that all products
-# broadcast:
-# A (n, d), u and delta (b, chunks, k, 1, d), B and C (b, chunks, k, n, 1), h (b, n, d).
+# broadcast: u and delta (b, chunks, k, 1, d), B and C (b, chunks, k, n, 1), h (b, n, d), A (n, d).
 
 
 def carry(total, h, A):
-    """The states before and after each chunk, from h: h[0] is the state before the first chunk, h[i+1]
-    the local state at the end of chunk i, over which delta sums to total[i].
+    """The states before and after each chunk, from h: h[0] is the state before the first chunk,
+    h[i+1] the local state at the end of chunk i, over which delta sums to total[i].
 
     ends[0] = h[0], ends[i+1] = exp(A total[i]) ends[i] + h[i+1], by doubling: after each round h[i]
-    has in it what twice as many chunks add, and total sums delta over them (Hillis and Steele 1986).
+    has in it what twice as many chunks add, and total is delta summed over them (Hillis and Steele
+    1986).
     total (b, chunks, 1, d), h (b, chunks + 1, n, d) -> ends, like h.
     """
     states = ops.shape(h)[1]
@@ -347,7 +347,7 @@ class MambaBlock(layers.Layer):
         self.conv_bias = self.weight("conv_bias", (d,), bias_init)
         self.add_selection(w, d, n, selection)
         # As in the official code: softplus(dt_bias) is log-uniform on [0.001, 0.1], and A starts as
-        # -1, -2 ... -n in each channel (S4D-Real, the paper's section 3.6). log(expm1) inverts softplus.
+        # -1, -2 ... -n in each channel (S4D-Real, section 3.6). log(expm1) inverts softplus.
         delta = np.exp(np.random.uniform(math.log(0.001), math.log(0.1), d))
         dt_bias = np.log(np.expm1(delta))
         self.dt_bias = self.weight("dt_bias", (d,), initial(dt_bias), "float32")
@@ -388,8 +388,8 @@ class MambaBlock(layers.Layer):
         return real * tf.nn.silu(sum(taps) + self.conv_bias), gate, inputs
 
     def select(self, u):
-        """Selection (algorithm 2): the token itself, u (b, l, d), decides the step size, what enters
-        the state and what is read from it -> delta (b, l, d), B and C (b, l, n).
+        """Selection (algorithm 2): the token itself, u (b, l, d), decides the step size, what
+        enters the state and what is read from it -> delta (b, l, d), B and C (b, l, n).
         """
         projected = tf.tensordot(tf.cast(u, tf.float32), self.x_proj, 1)  # (b, l, r + 2n)
         if self.selected is not None:  # the ablation
@@ -420,7 +420,7 @@ class MambaBlock(layers.Layer):
         y = tf.tensordot(y * tf.nn.silu(gate), self.out_proj, 1)
         if not return_state:
             return y
-        # The last kernel - 1 inputs up to the last token of each row; inputs[i + kernel - 1] is x[i].
+        # The last kernel - 1 inputs up to the last token of a row; inputs[i + kernel - 1] is x[i].
         count = tf.range(1, ops.shape(x)[1] + 1)
         end = tf.reduce_max(tf.where(real[..., 0] > 0, count, 0), 1)
         last = end[:, None] + tf.range(self.options["kernel"] - 1)
@@ -460,7 +460,7 @@ class SSMBlock(MambaBlock):
 
 @registered
 class AttentionBlock(layers.MultiHeadAttention):
-    """Bidirectional self-attention, (b, l, w) -> (b, l, w), the first half of a Transformer's layer.
+    """Bidirectional self-attention, (b, l, w) -> (b, l, w): half of a Transformer's layer.
 
     Masks padding. Adds sinusoidal position encodings (Vaswani et al. 2017) to queries and keys.
     """
@@ -537,8 +537,8 @@ class TweetClassifier(keras.Model):
             """Drop whole channels of a sequence, as `keras.layers.SpatialDropout1D`."""
             rate = self.config.dropout if training else 0
             shape = ops.shape(x)[0], 1, x.shape[2]
-            # Philox, as the default takes 20 times as long under XLA on a CPU. i << 40: each layer has
-            # a seed of its own.
+            # Philox, as the default takes 20 times as long under XLA on a CPU. i << 40: each layer
+            # has a seed of its own.
             dropout = tf.nn.experimental.stateless_dropout
             return dropout(x, rate, seed + [i << 40, 0], "philox", shape)
 
@@ -609,7 +609,8 @@ DOWNLOADS = {
 }
 # Links, mentions, hashtags; apostrophes, also wrongly decoded ones, and invisible characters.
 REMOVED = re.compile(
-    r"https?:[!-~]*|(?<![a-z])www\.[a-z0-9][!-~]*|[@＠][a-z0-9_]+|['’\x92\ufffd\xad\u200c\u200d\ufe0f]|ï¿½|"
+    r"https?:[!-~]*|(?<![a-z])www\.[a-z0-9][!-~]*|[@＠][a-z0-9_]+|"
+    r"['’\x92\ufffd\xad\u200c\u200d\ufe0f]|ï¿½|"
     r"[#＃][^\s\x00-/:-@\[-^`{-\xbf\u2000-\u206f\u3000-\u303f\uff00-\uff20\ufffd]+"
 )
 
@@ -1041,7 +1042,7 @@ def scores(labels, predictions):
         f1.append(2 * (actual & predicted).sum() / (actual.sum() + predicted.sum()))
     n = len(labels)
     accuracy = np.mean(labels == predictions)
-    # The interval holds each x that makes this accuracy likely: (accuracy - x)^2 <= spread x (1 - x).
+    # It holds each x that makes this accuracy likely: (accuracy - x)^2 <= spread x (1 - x).
     spread = 1.96**2 / n
     low, high = sorted(np.roots([1 + spread, -2 * accuracy - spread, accuracy**2]).clip(0, 1))
     return {"accuracy": accuracy, "low": low, "high": high, "macro_f1": np.mean(f1), "n": n}
@@ -1138,24 +1139,24 @@ def train_command(arguments, models=None):
         say(machine())
         data, meta = find_preprocessed(arguments) or preprocess(arguments)
         settings, given = meta["settings"], arguments.settings
-        changed = [x for x in PREPARATION if x in given and given[x] != settings.get(x)]
-        require(not changed, f"{data} was made with another {changed}; preprocess it again")
+        unlike = [x for x in PREPARATION if x in given and given[x] != settings.get(x)]
+        require(not unlike, f"{data} was made with another {unlike}; preprocess it again")
         config = Config(**DATA_DEFAULTS.get(data.name, {}) | settings | given)
         files = (data / f"{split}_tokenized.csv" for split in ("train", "val", "test"))
-        train, *held = (read_tokenized(file, config) for file in files)
+        train, val, test = (read_tokenized(file, config) for file in files)
         train = [x[: config.limit or None] for x in train]  # in random order
+        splits = train, val, test
         config.batch_size = min(config.batch_size, len(train[0]))
         runs = arguments.run_dir / data.name
-        for folder, own in models.items():
+        for folder, changes in models.items():
             run = runs / folder
             advice = "give another --run-dir"
             lock = filelock.FileLock(run / ".lock", blocking=False)
             lock = lock if strategy.extended.should_checkpoint else contextlib.nullcontext()
             with reading(f"another process trains in {run}", advice, filelock.Timeout), lock:
                 name = folder if folder in MODELS else "mamba"  # ablate/...
-                splits = [train, *held]
-                own = dataclasses.replace(config, **own)
-                metrics = train_model(name, own, meta, splits, run, arguments.restart)
+                changed = dataclasses.replace(config, **changes)
+                metrics = train_model(name, changed, meta, splits, run, arguments.restart)
             rows.append({"model": folder} | metrics)
     table = pd.DataFrame(rows)
     say_table(f"test accuracy of the models in {runs}", table)
@@ -1559,7 +1560,8 @@ def stop(number, _):
 
 if __name__ == "__main__":
     for name in ("stdin", "stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "r+")  # noqa: SIM115, a service may close them
+        # A service may close them.
+        stream = getattr(sys, name) or open(os.devnull, "r+")  # noqa: SIM115
         if isinstance(stream, io.TextIOWrapper):  # not in a notebook
             # For terminals that have no emoji; a text from a pipe is UTF-8.
             stream.reconfigure(errors="replace", encoding="utf-8" if name == "stdin" else None)
