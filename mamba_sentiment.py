@@ -47,6 +47,7 @@ import dataclasses
 import functools
 import hashlib
 import html
+import inspect
 import io
 import itertools
 import json
@@ -62,7 +63,7 @@ import unicodedata
 import urllib.request
 import zipfile
 from pathlib import Path
-from time import strftime
+from typing import Literal, get_args
 
 if __name__ == "__main__":  # before TensorFlow is imported
     os.environ["MPLBACKEND"] = "Agg"  # only PNGs are drawn; a notebook names its own backend here
@@ -90,39 +91,33 @@ MODELS = ("mamba", "ssm", "transformer", "lstm")
 SELECTIONS = ("none", "delta", "B", "C", "B+C", "delta+B+C")  # those that `ablate` compares
 
 
-def setting(default, help, low=0, high=2**31 - 1, choices=None):
-    """A field of `Config`: its default; what its flag on the command line says and accepts."""
-    metadata = {"help": help, "choices": choices, "low": low, "high": high}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 @dataclasses.dataclass
 class Config:
-    """Every setting. Only the command line checks the values."""
+    """Every setting. The command line makes each a flag, with its comment as the help."""
 
-    width: int = setting(64, "width of the embedding and the residual stream", 1)
-    depth: int = setting(2, "number of layers", 1)
-    state: int = setting(16, "state variables of a channel (mamba, ssm)", 1)
-    expand: int = setting(2, "inner width / width (mamba, ssm, feed-forward of transformer)", 1)
-    kernel: int = setting(4, "width of the causal convolution (mamba, ssm)", 1)
-    selection: str = setting("delta+B+C", "what depends on the input (mamba)", choices=SELECTIONS)
-    heads: int = setting(4, "attention heads (transformer)", 1)
-    pooling: str = setting("mean", "how the head pools the positions", choices=("mean", "last"))
-    classes: int = setting(3, "number of classes; from the data, not a flag")
-    tokenizer: str = setting("bert-base-uncased", "of the hub, a folder, a vocab.txt, or train")
-    vocab_size: int = setting(30522, "size of the vocabulary; if not given, that of the data", 2)
-    max_length: int = setting(64, "tokens per sequence; a longer text is truncated", 4, 2**16)
-    text_column: str = setting("text", "column of the texts in a CSV")
-    label_column: str = setting("label", "column of the labels in a CSV")
-    dropout: float = setting(0.1, "rate after embedding and blocks, before the head", 0, 0.99)
-    learning_rate: float = setting(4e-3, "peak learning rate, after the warm-up", 0)
-    warmup: float = setting(0.05, "fraction of the steps with a rising learning rate", 0, 1)
-    weight_decay: float = setting(0.05, "weight decay of AdamW, for matrices only", 0)
-    clip_norm: float = setting(1.0, "gradients are clipped to this global norm", 1e-9)
-    batch_size: int = setting(256, "sequences per step", 1)
-    epochs: int = setting(2, "passes over the training data; the best on validation is kept", 1)
-    limit: int = setting(0, "train on this many of the sequences; 0: all", 0)
-    seed: int = setting(0, "random seed of weights, batch order and dropout", 0)
+    width: int = 64  # width of the embedding and the residual stream
+    depth: int = 2  # number of layers
+    state: int = 16  # state variables of a channel (mamba, ssm)
+    expand: int = 2  # inner width / width (mamba, ssm, feed-forward of transformer)
+    kernel: int = 4  # width of the causal convolution (mamba, ssm)
+    selection: Literal[SELECTIONS] = "delta+B+C"  # what depends on the input (mamba)
+    heads: int = 4  # attention heads (transformer)
+    pooling: Literal["mean", "last"] = "mean"  # how the head pools the positions
+    classes: int = 3  # number of classes; from the data, not a flag
+    tokenizer: str = "bert-base-uncased"  # of the hub, a folder, a vocab.txt, or train
+    vocab_size: int = 30522  # size of the vocabulary; if not given, that of the data
+    max_length: int = 64  # tokens per sequence; a longer text is truncated
+    text_column: str = "text"  # column of the texts in a CSV
+    label_column: str = "label"  # column of the labels in a CSV
+    dropout: float = 0.1  # rate after embedding and blocks, before the head
+    learning_rate: float = 4e-3  # peak learning rate, after the warm-up
+    warmup: float = 0.05  # fraction of the steps with a rising learning rate
+    weight_decay: float = 0.05  # weight decay of AdamW, for matrices only
+    clip_norm: float = 1.0  # gradients are clipped to this global norm
+    batch_size: int = 256  # sequences per step
+    epochs: int = 2  # passes over the training data; the best on validation is kept
+    limit: int = 0  # train on this many of the sequences; 0: all
+    seed: int = 0  # random seed of weights, batch order and dropout
 
 
 # Defaults that differ for a data set. A flag on the command line overrides them.
@@ -273,8 +268,8 @@ def selective_scan(
             shape = f"({', '.join(letters)}) = {shape}, with only the batch allowed to be 0"
             raise ValueError(f"{name} must have the shape {shape}, not {tuple(x.shape)}")
     *inputs, D = inputs.values()
-    slow = method == "sequential" or u.shape[0] == 0
-    y, h = sequential_scan(*inputs) if slow else fast_scan(*inputs, method)  # section 9
+    # fast_scan: section 9
+    y, h = sequential_scan(*inputs) if method == "sequential" else fast_scan(*inputs, method)
     y = tf.cast(y + D * inputs[0], u.dtype)
     return (y, h) if return_state else y
 
@@ -527,9 +522,9 @@ class TweetClassifier(keras.Model):
         seed: (2,) int64, that of dropout in training; the same seed drops the same channels. None:
         a random one.
         """
-        padded = not ids.shape[0]  # neither XLA nor an FFT takes an empty batch; None may be empty
-        if padded:
-            ids = tf.pad(ids, ((0, 1), (0, 0)))
+        batch = ops.shape(ids)[0]
+        if not ids.shape[0]:  # None may be 0, and neither XLA nor an FFT takes an empty batch
+            ids = tf.pad(ids, ((0, tf.cast(batch == 0, tf.int32)), (0, 0)))
         if seed is None:
             seed = tf.random.uniform((2,), maxval=2**31, dtype=tf.int64)
 
@@ -549,7 +544,7 @@ class TweetClassifier(keras.Model):
             x += drop(block(norm(x), **masked), i)
         pooled, count = self.pool(drop(self.norm(x), len(self.blocks) + 1), mask)
         logits = self.head(pooled / tf.maximum(count, 1))
-        return logits[:-1] if padded else logits
+        return logits[:batch]
 
     def pool(self, x, mask):
         """x summed over the tokens, or at the last token (b, w), and the number summed (b, 1)."""
@@ -736,7 +731,7 @@ def read_table(path, text_column="text", label_column="label"):
     content = read_bytes(path)
     with reading(path, f"expected a CSV whose header names each of {columns} once"):
         encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        encoding = "utf-32" if content[:4] == codecs.BOM_UTF32 else encoding
+        encoding = "utf-32" if content[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff") else encoding
         file = io.StringIO(content.decode(encoding, "latin_1"), newline="")
         if positions:
             line = content.count(b"\n", 0, positions[0]) + 1
@@ -899,7 +894,7 @@ def preprocess(arguments):
         "counts": np.bincount(splits["train"][1], minlength=config.classes).tolist(),
         "settings": {x: getattr(config, x) for x in (*PREPARATION, "vocab_size", "classes")},
     }
-    dated = pd.Series(meta | {"preprocessed": strftime("%Y-%m-%d %H:%M:%S")})
+    dated = pd.Series(meta | {"preprocessed": f"{pd.Timestamp.now():%Y-%m-%d %H:%M:%S}"})
     atomic_write(folder / "meta.json", dated.to_json, indent=1)
     say(f"data: {folder} written")
     return folder, meta
@@ -1438,6 +1433,7 @@ def fast_scan(*inputs):
 def scan_by_method(u, delta, A, B, C, h, method):
     """A fast method with its layout and its gradient; same arrays as `sequential_scan`."""
     batch, length, channels = ops.shape(u)
+    spare = 0 if u.shape[0] else tf.cast(batch == 0, tf.int32)  # XLA takes no empty batch
     if method == "fused" or method == "auto" and fast_method() == "fused":
         forward, backward = fused_scan, fused_gradient
         chunks = -(-length // 16)
@@ -1446,8 +1442,8 @@ def scan_by_method(u, delta, A, B, C, h, method):
         forward, backward, chunks, steps = parallel_scan, parallel_gradient, -(-length // 8), 8
 
     def cut(x, *last):  # (b, l, .) -> (b, chunks, k, *last); delta = 0 leaves h as it is
-        x = tf.pad(x, ((0, 0), (0, chunks * steps - length), (0, 0)))
-        return tf.reshape(x, (batch, chunks, steps, *last))
+        x = tf.pad(x, ((0, spare), (0, chunks * steps - length), (0, 0)))
+        return tf.reshape(x, (batch + spare, chunks, steps, *last))
 
     def on_shards(function, *arrays):
         # Without `tf.stop_gradient` TensorFlow would prepare to differentiate the loops itself.
@@ -1470,22 +1466,30 @@ def scan_by_method(u, delta, A, B, C, h, method):
 
     u, delta = cut(u, 1, channels), cut(delta, 1, channels)
     B, C = cut(B, -1, 1), cut(C, -1, 1)
-    h = tf.transpose(h, (0, 2, 1))
+    h = tf.pad(tf.transpose(h, (0, 2, 1)), ((0, spare), (0, 0), (0, 0)))
     y, h = scan(tf.transpose(A), u, delta, B, C, h)
-    y = tf.reshape(y, (batch, chunks * steps, channels))[:, :length]
-    return y, tf.transpose(h, (0, 2, 1))
+    y = tf.reshape(y, (batch + spare, chunks * steps, channels))
+    return y[:batch, :length], tf.transpose(h, (0, 2, 1))[:batch]
 
 
 # ------------------------------------------------------------------------------ 10 Command line
-def number(kind, low, high):
+BOUNDS = {
+    "max_length": (4, 2**16),
+    "dropout": (0, 0.99),
+    "warmup": (0, 1),
+    "clip_norm": (1e-9, 1e9),
+}
+
+
+def in_range(kind, low, high):
     """What converts the text of a flag into an int or float in [low, high]."""
 
-    def convert(text):
+    def number(text):
         if low <= kind(text) <= high:
             return kind(text)
         raise argparse.ArgumentTypeError(f"must be in [{low}, {high}], not {text}")
 
-    return convert
+    return number
 
 
 COMMANDS = {
@@ -1518,16 +1522,19 @@ def parse_arguments(argv=None):
     runs = "train evaluate predict ablate bench"
     add(runs, "--run-dir", type=Path, default="runs", help="models and figures")
     add("train ablate", "--restart", action="store_true", help="train from scratch")
+    comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
     for field in dataclasses.fields(Config):
-        help, choices, *bounds = field.metadata.values()
         names = "train ablate"
         names += " preprocess" if field.name in PREPARATION else ""
         names += " evaluate" if field.name.endswith("_column") else ""
         flag = f"--{field.name.replace('_', '-')}"
-        kind = str if field.type is str else number(field.type, *bounds)
-        options = {"type": kind, "choices": choices, "default": argparse.SUPPRESS}
+        options = {"default": argparse.SUPPRESS, "choices": get_args(field.type) or None}
+        if field.type in (int, float):
+            # What is 1 or more by default is a size; the rest may be 0.
+            bounds = BOUNDS.get(field.name, (int(field.default >= 1), 2**31 - 1))
+            options["type"] = in_range(field.type, *bounds)
         if field.name != "classes":
-            add(names, flag, help=f"{help} (default: {field.default})", **options)
+            add(names, flag, help=f"{comments[field.name]} (default: {field.default})", **options)
     add("train", "--model", choices=(*MODELS, "all"), required=True)
     add("evaluate", "--model", choices=(*MODELS, "all"), default="all")
     add("predict", "--model", choices=MODELS, default="mamba")
@@ -1535,7 +1542,7 @@ def parse_arguments(argv=None):
     add("evaluate", "--test", type=Path, metavar="FILE", help="tweets to test on")
     add("bench", "--models", choices=MODELS, nargs="+", default=MODELS)
     lengths = "of induction heads; bench: 64 256 1024 4096, if not given"
-    add("evaluate bench", "--lengths", type=number(int, 4, 2**20), nargs="+", help=lengths)
+    add("evaluate bench", "--lengths", type=in_range(int, 4, 2**20), nargs="+", help=lengths)
     arguments = parser.parse_args(argv)
     arguments.settings = {x: value for x, value in vars(arguments).items() if hasattr(Config, x)}
     return arguments

@@ -234,8 +234,7 @@ def test_fused_scan_holds_no_states():
     scan = functools.partial(ms.selective_scan, method="fused")
     inputs = [tf.constant(x) for x in scan_inputs((2, 1024, 24, 16))[:6]]
     for function in (lambda *x: scan(*x), lambda *x: tf.gradients(tf.square(scan(*x)), x)):
-        call = tf.function(function, jit_compile=True)
-        text = call.experimental_get_compiler_ir(*inputs)("optimized_hlo")
+        text = ms.compiled(function).experimental_get_compiler_ir(*inputs)("optimized_hlo")
         for shape in re.findall(r"f32\[([\d,]+)\]", text):
             assert math.prod(map(int, shape.split(","))) < 2 * 1024 * 24 * 16 / 8
         assert "entry_computation_layout={(f32" in text  # else XLA took them as constants
@@ -323,8 +322,7 @@ def test_mamba_block_in_pieces_is_the_whole():
     _, state = block(x[1:, :30], return_state=True)  # the state before the padding
     for result, expected in zip(whole[1:3], state):
         np.testing.assert_allclose(result[1:], expected, atol=1e-5)
-    inputs = (x @ block.in_proj)[0, -3:, :48]  # of the convolution
-    np.testing.assert_allclose(whole[1][0], inputs, atol=1e-5)
+    np.testing.assert_allclose(whole[1][0], (x @ block.in_proj)[0, -3:, :48], atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
@@ -351,6 +349,8 @@ def test_blocks_are_keras_layers_of_any_dtype(kind):
         error = np.abs(tf.cast(block(x), tf.float64) - expected).max()
         assert error <= tolerance * np.abs(expected).max() and block(x).dtype == block.compute_dtype
         assert kind is ATTENTION or block.A_log.dtype == "float32"
+    exported = tf.function(model, input_signature=[tf.TensorSpec((None, None, 16))])
+    assert exported(x[:0]).shape == (0, 12, 16)
     model.save("model.keras")
     copies = keras.models.load_model("model.keras"), pickle.loads(pickle.dumps(model))
     clone = keras.models.clone_model(model)
@@ -436,11 +436,10 @@ def test_models_learn_mask_shard_and_save(name, monkeypatch):
     monkeypatch.setattr(ms.os, "cpu_count", lambda: 3)
     np.testing.assert_allclose(model.logits(tf.constant(ids)), expected, atol=1e-5)
     model.save("model.keras")
-    loaded = keras.models.load_model("model.keras")
-    np.testing.assert_array_equal(loaded(ids), expected)
+    np.testing.assert_array_equal(keras.models.load_model("model.keras")(ids), expected)
     keras.config.set_dtype_policy("mixed_bfloat16")
     mixed = ms.build_model(name, model.config)
-    mixed.set_weights(loaded.get_weights())
+    mixed.set_weights(model.get_weights())
     assert {w.dtype for w in mixed.weights} == {"float32"} and mixed(ids).dtype == tf.float32
     assert 0 < np.abs(mixed(ids) - expected).max() < 0.1 * np.abs(expected).max()
 
@@ -482,7 +481,8 @@ def test_a_table_is_read_right(capsys):
     three = {'bad, "day"': "negative", "good\nday": "positive", "é": "neutral"}
     assert read(SIX) == read(SIX.encode("utf-8-sig")) == three
     odd = " text ,label\nA,Negative\n\nB, positive", ",text,label,\n0,A,negative,\n1,B,positive,\n"
-    for content in (*odd, GOOD.replace("\n", "\r\n"), GOOD.encode("utf-16"), GOOD):
+    marked = [("\ufeff" + GOOD).encode(f"utf-{x}") for x in ("16-le", "16-be", "32-le", "32-be")]
+    for content in (*odd, *marked, GOOD.replace("\n", "\r\n"), GOOD):
         assert read(content) == {"A": "negative", "B": "positive"}
     assert read("text,x,label\nA,,0\nB,,4\n,,\n") == {"A": "0", "B": "4"}
     assert read(f"text,label\n{'A' * 200_000},x\n") == {"A" * 200_000: "x"}

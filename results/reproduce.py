@@ -111,7 +111,7 @@ def tfidf():
     from sklearn.pipeline import make_pipeline
 
     source = ms.find_source("crowdflower", Path("data"))[1]
-    tweets = ms.clean_and_split(ms.read_table(source, label="sentiment"))
+    tweets = ms.clean_and_split(ms.read_table(source, label_column="sentiment"))
     words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
     model = make_pipeline(words, LogisticRegression(max_iter=1000))
     model.fit(tweets["train"].text, tweets["train"].label)
