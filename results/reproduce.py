@@ -7,8 +7,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from time import perf_counter
-from timeit import timeit
+from timeit import default_timer, timeit
 
 import mamba_sentiment as ms  # isort: split
 
@@ -27,7 +26,6 @@ def collect(name):
     table = pd.DataFrame([x.pop("config") | x for x in metrics]).sort_values([*settings, "seed"])
     table = table[[*settings, "seed", *scores, "parameters", "train_seconds"]]
     table.round(5).to_csv(f"results/{name}.csv", index=False)
-    print(table.to_string(index=False))
     groups = table.groupby([*settings, "parameters"])  # these tell two vocabularies apart
     means = groups[["validation", "accuracy", "macro_f1"]].agg(["mean", "std", "count"])
     print(means.reset_index().to_string(index=False))
@@ -74,10 +72,7 @@ def selected(heads, tweets, tokenizer):
         print(f"layer {layer}: mean delta at special tokens, the remembered one, others: {means}")
     row = np.flatnonzero(special[:, 15])[0]
     panels = [(["*" if x == 16 else x for x in ids[row, :34]], deltas[:, row, :34])]
-    examples = (
-        "i am so happy today what a wonderful day",
-        "my phone died again and i lost everything",
-    )
+    examples = "i am so happy today what a wonderful day", "my phone died and i lost everything"
     for words in map(encode, examples):
         panels.append((words.tokens, step_sizes(tweets, np.array([words.ids]))[:, 0]))
     figure, axes = plt.subplots(len(panels), figsize=(10, 8), layout="constrained", sharey=True)
@@ -88,20 +83,25 @@ def selected(heads, tweets, tokenizer):
     figure.savefig("results/selected.png", dpi=80)
 
 
-def state(size):
-    """Mamba reads a sequence in pieces of `size`: time in its first and last tenth, peak memory."""
+def state(size, *models):
+    """Mamba, new or loaded, reads induction heads in pieces of `size`: the microseconds a token in
+    the first and in the last tenth, right answers (of 32 if loaded), and the peak memory.
+    """
     size, tokens = int(size), 2**14 if size == "1" else 2**20
-    ids = np.random.default_rng(0).integers(1, 30522, (1, tokens), dtype="int32")
-    read, carried, times = tf.function(ms.build_model("mamba").read, jit_compile=True), None, []
-    for i in [0, *range(0, tokens, size)]:  # the first call and the second compile
-        start = perf_counter()
-        logits, carried = read(ids[:, i : i + size], carried if i else None)
-        logits.numpy()
-        times.append(1e6 / size * (perf_counter() - start))
-    tenth = len(times) // 10 + 1
-    begin, end = median(times[1:][:tenth]), median(times[-tenth:])
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{tokens} by {size}: {begin:.2f}, then {end:.2f} microseconds a token; {memory:.2f} GiB")
+    ids, labels = ms.induction_heads(32 if models else 1, tokens, seed=3)
+    for path in models or ["new"]:
+        model = keras.models.load_model(path) if models else ms.build_model("mamba")
+        read, carried, times = tf.function(model.read, jit_compile=True), None, []
+        for i in [0, *range(0, tokens, size)]:  # the first call and the third compile
+            start = default_timer()
+            logits, carried = read(ids[:, i : i + size], carried if i else None)
+            answers = logits.numpy().argmax(1)
+            times.append(1e6 / size * (default_timer() - start))
+        tenth = len(times) // 10 + 1
+        begin, end = median(times[1:][:tenth]), median(times[-tenth:])
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"{path}, {tokens} by {size}: {begin:.2f}, then {end:.2f} microseconds a token;")
+        print(f"    {(answers == labels).sum()} of {len(labels)} right; {memory:.2f} GiB")
 
 
 def tfidf():

@@ -4,7 +4,7 @@
 #     results/reproduce.sh SECTION ...        in the environment that README.md sets up
 #
 # Sections, with about how long they take on 2 cores: search (1 h), main (4 h), size (1 h),
-# selection (3 h), induction (3 h), crowdflower (30 min), fasttext (3 min), state (2 min),
+# selection (1 h), induction (3 h), crowdflower (30 min), fasttext (3 min), state (10 min),
 # selected (1 min), bench (2 min), peers (15 min). What is trained is not trained again.
 #
 # data/ must hold training.1600000.processed.noemoticon.csv (or .xz; downloaded if missing),
@@ -48,9 +48,7 @@ main() {                                    # all tweets, two epochs; training p
         --test data/testdata.manual.2009.06.14.csv | tee results/manual.txt
 }
 size() {                                    # the learning curve; 0: all tweets
-    for limit in 14683 146828 0; do
-        train_all --limit "$limit" --epochs 1 --run-dir "runs/size/$limit"
-    done
+    for n in 14683 146828 0; do train_all --limit "$n" --epochs 1 --run-dir "runs/size/$n"; done
     python results/reproduce.py collect size
 }
 selection() {                               # the six selections on a fifth, one epoch, three seeds
@@ -81,8 +79,9 @@ fasttext() {                                # word bigrams, on the same split
     peer train_fasttext | tee results/fasttext.txt
 }
 state() {                                   # a sequence read in pieces of so many tokens
-    for size in 1 64 4096 1048576; do python results/reproduce.py state "$size"; done |
-        tee results/state.txt
+    { for size in 1 64 4096 1048576; do python results/reproduce.py state "$size"; done
+      python results/reproduce.py state 4096 runs/induction/?/delta+B+C/induction/mamba/model.keras
+    } | tee results/state.txt                # the last line after induction
 }
 selected() {                                # what Mamba selects; after induction and main
     python results/reproduce.py selected runs/induction/0/delta+B+C/induction/mamba/model.keras \
