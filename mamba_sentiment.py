@@ -1121,7 +1121,7 @@ def train_model(name, config, meta, splits, run, restart):
     return metrics
 
 
-def train_command(arguments, models=None):
+def train(arguments, models=None):
     """Train {folder: settings}, or the models asked for -> (run folder, table of metrics).
 
     Preprocesses first if that is not done. A lock keeps a second process out of a run folder; it
@@ -1138,10 +1138,9 @@ def train_command(arguments, models=None):
         require(not unlike, f"{data} was made with another {unlike}; preprocess it again")
         config = Config(**DATA_DEFAULTS.get(data.name, {}) | settings | given)
         files = (data / f"{split}_tokenized.csv" for split in ("train", "val", "test"))
-        train, val, test = (read_tokenized(file, config) for file in files)
-        train = [x[: config.limit or None] for x in train]  # in random order
-        splits = train, val, test
-        config.batch_size = min(config.batch_size, len(train[0]))
+        splits = [read_tokenized(file, config) for file in files]
+        splits[0] = [x[: config.limit or None] for x in splits[0]]  # in random order
+        config.batch_size = min(config.batch_size, len(splits[0][0]))
         runs = arguments.run_dir / data.name
         for folder, changes in models.items():
             run = runs / folder
@@ -1185,7 +1184,7 @@ def load_trained(arguments):
     return data, meta, run, models
 
 
-def evaluate_command(arguments):
+def evaluate(arguments):
     """Test trained models side by side; write predictions.csv, a row per tweet.
 
     It has the columns of the tested file and the answer of each model, and can be tested again.
@@ -1225,7 +1224,7 @@ def evaluate_command(arguments):
     atomic_write(run / "predictions.csv", table.to_csv, index=False, quoting=csv.QUOTE_NONNUMERIC)
 
 
-def predict_command(arguments):
+def predict(arguments):
     """Label the tweets on the command line or, if there are none, each line of standard input."""
     data, meta, _, models = load_trained(arguments)
     labels = meta["labels"]
@@ -1240,18 +1239,18 @@ def predict_command(arguments):
 
 
 # ------------------------------------------------------------------------ 8 Ablation and timing
-def ablate_command(arguments):
+def ablate(arguments):
     """Train Mamba with each selection, or that of --selection; print, keep and draw one table."""
     asked = arguments.settings.get("selection")
     models = {f"ablate/{x}": {"selection": x} for x in ([asked] if asked else SELECTIONS)}
-    run, table = train_command(arguments, models)
+    run, table = train(arguments, models)
     atomic_write(run / "ablate" / "ablate.csv", table.to_csv, index=False)
     bounds = ["low", "accuracy", "high"]
     axes = table.plot(x="model", y=bounds, linestyle="none", marker="o", grid=True, rot=15)
     atomic_write(run / "ablate" / "ablate.png", axes.figure.savefig)
 
 
-def bench_command(arguments):
+def bench(arguments):
     """Time inference and training steps as they are used; write a table and a figure."""
     run, rows = arguments.run_dir / "bench", []
     sequences, labels = tf.range(256, dtype=tf.int64), tf.zeros(256, tf.int32)
@@ -1492,14 +1491,7 @@ def in_range(kind, low, high):
     return number
 
 
-COMMANDS = {
-    "preprocess": preprocess,
-    "train": train_command,
-    "evaluate": evaluate_command,
-    "predict": predict_command,
-    "ablate": ablate_command,
-    "bench": bench_command,
-}
+COMMANDS = {x.__name__: x for x in (preprocess, train, evaluate, predict, ablate, bench)}
 
 
 def parse_arguments(argv=None):
