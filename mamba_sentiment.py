@@ -936,11 +936,11 @@ def make_optimizer(model, steps):
 
 
 def machine():
-    """One line on the device: which GPU or CPU, and how many cores."""
+    """One line on the hardware: which GPUs and CPU, and how many cores."""
     details = tf.config.experimental.get_device_details
     names = [details(gpu)["device_name"] for gpu in tf.config.list_physical_devices("GPU")]
-    if not names and os.path.exists("/proc/cpuinfo"):
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[:1]
+    if os.path.exists("/proc/cpuinfo"):
+        names += re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[:1]
     return f"{', '.join(names) or 'CPU'}, {os.cpu_count()} cores, TensorFlow {tf.__version__}"
 
 
@@ -975,9 +975,8 @@ def training_step(model, optimizer):
         return [sums, *tape.gradient(losses, model.trainable_variables)]
 
     def update(sums, *summed):
-        clipped, _ = tf.clip_by_global_norm(
-            [tf.cast(x, tf.float32) / sums[1] for x in summed], config.clip_norm
-        )
+        means = [tf.cast(x, tf.float32) / sums[1] for x in summed]
+        clipped, _ = tf.clip_by_global_norm(means, config.clip_norm)
         # Keras sums the gradients over the devices; here they are the same on each.
         optimizer.apply([x / devices for x in clipped])
 
@@ -993,8 +992,7 @@ def training_step(model, optimizer):
 
     @tf.function(autograph=False)
     def step(rows, ids, labels):
-        results = strategy.run(on_device, (rows, ids, labels))
-        return strategy.experimental_local_results(results)[0]
+        return strategy.experimental_local_results(strategy.run(on_device, (rows, ids, labels)))[0]
 
     return step
 
@@ -1004,20 +1002,19 @@ def predict_logits(model, ids):
     if len(ids) <= 100:  # compiling would take 2 seconds more
         return model(ids).numpy()
     logits = np.zeros((len(ids) + 1, model.config.classes), "float32")  # the last: rows of -1
-    size = max(1, 16384 // ids.shape[1])
-    for rows, length in plan_batches(ids, size, np.random.default_rng(0)):
+    for rows, length in plan_batches(ids, 16384 // ids.shape[1] or 1, np.random.default_rng(0)):
         logits[rows] = model.logits(ids[rows, :length])
     return logits[:-1]
 
 
-def scores(labels, predictions):
+def scores(labels, answers):
     """Accuracy, its 95 % interval (Wilson 1927), macro F1 over the labels that occur, and n."""
-    f1 = []
-    for label in np.unique(labels):
-        actual, predicted = labels == label, predictions == label
-        f1.append(2 * (actual & predicted).sum() / (actual.sum() + predicted.sum()))
-    n = len(labels)
-    accuracy = np.mean(labels == predictions)
+    right = labels == answers
+    f1 = [
+        2 * right[labels == x].sum() / np.sum([labels == x, answers == x])
+        for x in np.unique(labels)
+    ]
+    n, accuracy = len(labels), right.mean()
     # It holds each x that makes this accuracy likely: (accuracy - x)^2 <= spread x (1 - x).
     spread = 1.96**2 / n
     low, high = sorted(np.roots([1 + spread, -2 * accuracy - spread, accuracy**2]).clip(0, 1))
@@ -1033,13 +1030,12 @@ def train_model(name, config, meta, splits, run, restart):
     """Train a model on `splits`, (ids, labels) of train, val and test, and write it to the folder
     `run`, with the weights of the epoch that was best on validation -> its metrics, a dict.
 
-    A checkpoint, written after the first step, every CHECKPOINT_SECONDS and after each epoch, holds
-    the whole state: the same command resumes from it and ends with the same weights.
+    A checkpoint holds the whole state: an interrupted training goes on to the same weights.
     """
-    identity = {"model": name, "config": dataclasses.asdict(config)} | meta
+    identity = {"model": name, "config": vars(config)} | meta
     keras.utils.set_random_seed(config.seed)
     tf.config.experimental.enable_op_determinism()
-    model, best = build_model(name, config), build_model(name, config)
+    model = build_model(name, config)
     (ids, labels), val, test = splits
     say(f"\n{name}: {model.count_params():,} parameters, {len(ids):,} sequences")
     plan = []  # it follows from the seed, so resuming means leaving out the batches done
@@ -1048,70 +1044,65 @@ def train_model(name, config, meta, splits, run, restart):
     steps = len(plan)
     optimizer = make_optimizer(model, steps)
     step = training_step(model, optimizer)
-    variables = [*model.variables, *optimizer.variables, *best.variables]
-    sums, history, seconds = np.zeros(2), [], 0.0
+    variables = [*model.variables, *optimizer.variables]
+    sums, history, seconds, highest, best = np.zeros(2), [], 0.0, -1.0, []
     path = run / "checkpoint.npz"
     if path.exists() and not restart:
         with reading(path, "--restart starts the training over"), np.load(path) as file:
             text, sums, *arrays = file.values()
-            written, history, seconds = json.loads(str(text))
+            written, history, seconds, highest = json.loads(str(text))
             require(written == identity, "written with other settings or data")
-            for variable, array in zip(variables, arrays):
-                variable.assign(array)
+            for variable in variables:
+                variable.assign(arrays.pop(0))
+            best = arrays
         say(f"resuming from {path}, after step {optimizer.iterations.numpy()} of {steps}")
     done = int(optimizer.iterations.numpy())
     bar = keras.utils.Progbar(steps, stateful_metrics=["loss"])
-    start, reported, saved = timeit.default_timer() - seconds, seconds, -math.inf
-    for i, batch in enumerate(load_batches(plan[done:], ids, labels), done + 1):
+    start, reported, saved = timeit.default_timer() - seconds, seconds, -CHECKPOINT_SECONDS
+    for batch in load_batches(plan[done:], ids, labels):
         sums += step(*batch).numpy()
+        done += 1
         loss = sums[0] / sums[1]
         seconds = timeit.default_timer() - start
         require(math.isfinite(loss), "the loss is not finite; take a lower --learning-rate")
-        progress = f"step {i} of {steps}, loss {loss:.4g}"
+        progress = f"step {done} of {steps}, loss {loss:.4g}"
         if sys.stdout.isatty():
-            bar.update(i, [("loss", loss)])
+            bar.update(done, [("loss", loss)])
         elif seconds > reported + REPORT_SECONDS:
             reported = seconds
-            speed = i / seconds
-            rates = f"{config.batch_size * speed:,.0f} texts/s, {(steps - i) / speed:,.0f} s left"
-            say(f"{progress}, {rates}")
-        epoch, remainder = divmod(i, steps // config.epochs)
+            speed = config.batch_size * done / seconds
+            say(f"{progress}, {speed:,.0f} texts/s, {(steps / done - 1) * seconds:,.0f} s left")
+        epoch, remainder = divmod(done, steps // config.epochs)
         if remainder == 0:
             accuracy = np.mean(predict_logits(model, val[0]).argmax(1) == val[1])
-            if accuracy > max((row["val_accuracy"] for row in history), default=-1):
-                best.set_weights(model.get_weights())
+            if accuracy > highest:
+                highest, best = accuracy, model.get_weights()
             row = {"epoch": epoch, "loss": loss, "val_accuracy": accuracy, "seconds": seconds}
             history.append(row)
             say(f"\n{progress}, epoch {epoch}, validation {accuracy:.4f}, {seconds:.1f} s")
             sums[:] = 0
         if remainder == 0 or seconds > saved + CHECKPOINT_SECONDS:
             saved = seconds
-            text = json.dumps([identity, history, seconds])
-            atomic_write(path, np.savez, text, sums, *variables)
-    model.set_weights(best.get_weights())
-    history = pd.DataFrame(history)
-    metrics = scores(test[1], predict_logits(model, test[0]).argmax(1)) | {
-        "train_sequences": len(ids),
-        "parameters": model.count_params(),
-        "train_seconds": seconds,
-        "validation": history.val_accuracy.max(),
-    }
-    atomic_write(run / "history.csv", history.to_csv, index=False)
+            text = json.dumps([identity, history, seconds, highest])
+            atomic_write(path, np.savez, text, sums, *variables, *best)
+    model.set_weights(best)
+    metrics = scores(test[1], predict_logits(model, test[0]).argmax(1))
+    metrics |= {"train_sequences": len(ids), "parameters": model.count_params()}
+    metrics |= {"train_seconds": seconds, "validation": highest}
+    atomic_write(run / "history.csv", pd.DataFrame(history).to_csv, index=False)
     atomic_write(run / "model.keras", model.save)
     atomic_write(run / "metrics.json", pd.Series(identity | metrics).to_json, indent=1)
     return metrics
 
 
 def train(arguments, models=None):
-    """Train {folder: settings}, or the models asked for -> (run folder, table of metrics).
+    """Train the models asked for, or these (folder, name, settings) -> run folder, metrics table.
 
-    Preprocesses first if that is not done. A lock keeps a second process out of a run folder; it
-    ends with its process, and of a cluster only the chief takes it.
+    A lock, which ends with its process, keeps others out of a folder; a cluster's chief takes it.
     """
-    models = models or {name: {} for name in MODELS if arguments.model in (name, "all")}
+    models = models or [(x, x, {}) for x in MODELS if arguments.model in (x, "all")]
     rows = []
-    strategy = all_devices()
-    with strategy.scope():
+    with all_devices().scope() as strategy:
         say(machine())
         data, meta = find_preprocessed(arguments) or preprocess(arguments)
         settings = meta["settings"] | arguments.settings
@@ -1123,13 +1114,11 @@ def train(arguments, models=None):
         splits[0] = [x[: config.limit or None] for x in splits[0]]  # in random order
         config.batch_size = min(config.batch_size, len(splits[0][0]))
         runs = arguments.run_dir / data.name
-        for folder, changes in models.items():
+        for folder, name, changes in models:
             run = runs / folder
-            advice = "give another --run-dir"
             lock = filelock.FileLock(run / ".lock", blocking=False)
             lock = lock if strategy.extended.should_checkpoint else contextlib.nullcontext()
-            with reading(f"another process trains in {run}", advice, filelock.Timeout), lock:
-                name = folder if folder in MODELS else "mamba"  # ablate/...
+            with reading(run, "another process trains; change --run-dir", filelock.Timeout), lock:
                 changed = dataclasses.replace(config, **changes)
                 metrics = train_model(name, changed, meta, splits, run, arguments.restart)
             rows.append({"model": folder} | metrics)
@@ -1141,15 +1130,16 @@ def train(arguments, models=None):
 # ------------------------------------------------------------------- 7 Evaluation and prediction
 def mcnemar(first, second):
     """Which answers of two models are right -> how often only one is, and p (McNemar 1947)."""
-    one, other = (first > second).sum(), (first < second).sum()
-    z = max(0, abs(one - other) - 1) / math.sqrt(max(1, one + other))  # with continuity correction
-    return {"only_first": one, "only_second": other, "p": math.erfc(z / math.sqrt(2))}
+    one, other = np.sum(first > second), np.sum(first < second)
+    x = max(0, abs(one - other) - 1) / math.sqrt(2 * max(1, one + other))  # 1: for continuity
+    return {"only_first": one, "only_second": other, "p": math.erfc(x)}
 
 
 def load_trained(arguments):
     """(preprocessed folder, its meta, run folder, {name: model}). UserError if one is missing."""
-    data, meta = find_preprocessed(arguments) or (None, None)
-    require(data, f"--data {arguments.data} is not there; run train first")
+    found = find_preprocessed(arguments)
+    require(found, f"--data {arguments.data} is not there; run train first")
+    data, meta = found
     run, models = arguments.run_dir / data.name, {}
     for name in MODELS:
         path, advice = run / name / "model.keras", f"create it with train --model {name}"
@@ -1159,7 +1149,7 @@ def load_trained(arguments):
                 require(meta.items() <= metrics.items(), "trained with other data")
                 require(zipfile.ZipFile(path).testzip() is None, "damaged")
             with reading(path, advice, (ValueError, KeyError)):  # other errors are a programmer's
-                models[name] = keras.models.load_model(path, compile=False)  # runs no code in it
+                models[name] = keras.models.load_model(path)  # runs no code in it
     require(models, f"{run} has no model; create it with train --model mamba")
     say(f"models: {', '.join(models)} of {run}", sys.stderr)
     return data, meta, run, models
@@ -1208,14 +1198,13 @@ def evaluate(arguments):
 def predict(arguments):
     """Label the tweets on the command line or, if there are none, each line of standard input."""
     data, meta, _, models = load_trained(arguments)
-    labels = meta["labels"]
     tweets = arguments.text or list(sys.stdin)
-    clean = [clean_tweet(tweet) for tweet in tweets]
+    clean = list(map(clean_tweet, tweets))
     ids = tokenize(load_tokenizer(data / "tokenizer"), clean, meta["settings"]["max_length"])
     logits = predict_logits(models[arguments.model], ids)
     for tweet, words, probabilities in zip(tweets, clean, tf.nn.softmax(logits).numpy()):
-        label = labels[probabilities.argmax()] if words else "nothing left to read"
-        numbers = " ".join(f"{name} {x:.3f}" for name, x in zip(labels, probabilities))
+        label = meta["labels"][probabilities.argmax()] if words else "nothing left to read"
+        numbers = " ".join(f"{name} {x:.3f}" for name, x in zip(meta["labels"], probabilities))
         say(f"{label:<9} {numbers}  {one_line(tweet)}")
 
 
@@ -1223,18 +1212,16 @@ def predict(arguments):
 def ablate(arguments):
     """Train Mamba with each selection, or that of --selection; print, keep and draw one table."""
     asked = arguments.settings.get("selection")
-    models = {f"ablate/{x}": {"selection": x} for x in ([asked] if asked else SELECTIONS)}
+    models = [(f"ablate/{x}", "mamba", {"selection": x}) for x in SELECTIONS if asked in (x, None)]
     run, table = train(arguments, models)
-    atomic_write(run / "ablate" / "ablate.csv", table.to_csv, index=False)
-    bounds = ["low", "accuracy", "high"]
-    axes = table.plot(x="model", y=bounds, linestyle="none", marker="o", grid=True, rot=15)
-    atomic_write(run / "ablate" / "ablate.png", axes.figure.savefig)
+    atomic_write(run / "ablate/ablate.csv", table.to_csv, index=False)
+    axes = table.plot(x="model", y=["low", "accuracy", "high"], style="o", grid=True, rot=15)
+    atomic_write(run / "ablate/ablate.png", axes.figure.savefig)
 
 
 def bench(arguments):
     """Time inference and training steps as they are used; write a table and a figure."""
-    run, rows = arguments.run_dir / "bench", []
-    sequences, labels = tf.range(256, dtype=tf.int64), tf.zeros(256, tf.int32)
+    rows = []
 
     def time_call(name, batch, length, call):
         ids = tf.random.uniform((batch, length), 1, Config.vocab_size, tf.int32)
@@ -1244,18 +1231,18 @@ def bench(arguments):
     for name in arguments.models:
         model = build_model(name)
         for length in arguments.lengths or (64, 256, 1024, 4096):
-            for batch in sorted({1, max(1, 8192 // length)}):  # one, and enough for all cores
+            for batch in sorted({1, 8192 // length or 1}):  # one, and enough for all cores
                 time_call(name, batch, length, model.logits)
         step = training_step(model, make_optimizer(model, 1000))
-        step = functools.partial(step, sequences, labels=labels)
+        step = functools.partial(step, np.arange(256), labels=np.zeros(256, "int32"))
         time_call(f"{name}, a training step", 256, 24, step)
     table = pd.DataFrame(rows, columns=["model", "length", "batch", "milliseconds"])
     title = f"medians of 15 calls, {machine()}"
     say_table(title, table)
-    atomic_write(run / "latency.csv", table.to_csv, index=False)
+    atomic_write(arguments.run_dir / "bench/latency.csv", table.to_csv, index=False)
     chart = table[table.batch == 1].pivot_table("milliseconds", "length", "model")
     axes = chart.plot(title=title, ylabel="milliseconds", loglog=True, marker="o", grid=True)
-    atomic_write(run / "latency.png", axes.figure.savefig)
+    atomic_write(arguments.run_dir / "bench/latency.png", axes.figure.savefig)
 
 
 # ----------------------------------------------------------------- 9 Everything else is speed
@@ -1453,12 +1440,7 @@ def scan_by_method(u, delta, A, B, C, h, method):
 
 
 # ------------------------------------------------------------------------------ 10 Command line
-BOUNDS = {
-    "max_length": (4, 2**16),
-    "dropout": (0, 0.99),
-    "warmup": (0, 1),
-    "clip_norm": (1e-9, 1e9),
-}
+RANGE = {"max_length": (4, 2**16), "dropout": (0, 0.99), "warmup": (0, 1), "clip_norm": (1e-9, 1e9)}
 
 
 def in_range(kind, low, high):
@@ -1477,11 +1459,9 @@ COMMANDS = {x.__name__: x for x in (preprocess, train, evaluate, predict, ablate
 
 def parse_arguments(argv=None):
     """The command line as a namespace; its `settings`: the flags of `Config` that were given."""
-    parser = argparse.ArgumentParser(
-        "mamba_sentiment.py",
-        description=__doc__.partition("Glossary")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("mamba_sentiment.py", formatter_class=raw)
+    parser.description = __doc__.partition("Glossary")[0]
     commands = parser.add_subparsers(dest="command", required=True)
     parsers = {name: commands.add_parser(name) for name in COMMANDS}
 
@@ -1495,19 +1475,17 @@ def parse_arguments(argv=None):
     runs = "train evaluate predict ablate bench"
     add(runs, "--run-dir", type=Path, default="runs", help="models and figures")
     add("train ablate", "--restart", action="store_true", help="train from scratch")
-    comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
-    for field in dataclasses.fields(Config):
+    for name, comment in re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)):
         names = "train ablate"
-        names += " preprocess" if field.name in PREPARATION else ""
-        names += " evaluate" if field.name.endswith("_column") else ""
-        flag = f"--{field.name.replace('_', '-')}"
-        options = {"default": argparse.SUPPRESS, "choices": get_args(field.type) or None}
-        if field.type in (int, float):
+        names += " preprocess" if name in PREPARATION else ""
+        names += " evaluate" if "_column" in name else ""
+        kind, default = Config.__annotations__[name], getattr(Config, name)
+        options = {"default": argparse.SUPPRESS, "help": f"{comment} (default: {default})"}
+        if kind in (int, float):
             # What is 1 or more by default is a size; the rest may be 0.
-            bounds = BOUNDS.get(field.name, (int(field.default >= 1), 2**31 - 1))
-            options["type"] = in_range(field.type, *bounds)
-        if field.name != "classes":
-            add(names, flag, help=f"{comments[field.name]} (default: {field.default})", **options)
+            options["type"] = in_range(kind, *RANGE.get(name, (int(default >= 1), 2**31 - 1)))
+        if name != "classes":
+            add(names, f"--{name.replace('_', '-')}", choices=get_args(kind) or None, **options)
     add("train", "--model", choices=(*MODELS, "all"), required=True)
     add("evaluate", "--model", choices=(*MODELS, "all"), default="all")
     add("predict", "--model", choices=MODELS, default="mamba")
@@ -1542,7 +1520,7 @@ if __name__ == "__main__":
     for name in ("stdin", "stdout", "stderr"):
         # A service may close them.
         stream = getattr(sys, name) or open(os.devnull, "r+")  # noqa: SIM115
-        if isinstance(stream, io.TextIOWrapper):  # not in a notebook
+        if hasattr(stream, "reconfigure"):  # not in a notebook
             # For terminals that have no emoji; a text from a pipe is UTF-8.
             stream.reconfigure(errors="replace", encoding="utf-8" if name == "stdin" else None)
         setattr(sys, name, stream)
