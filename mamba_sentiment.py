@@ -65,8 +65,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 if __name__ == "__main__":  # before TensorFlow is imported
-    os.environ["MPLBACKEND"] = "Agg"  # only PNGs are drawn; a notebook names its own backend here
-    os.environ["KERAS_BACKEND"] = "tensorflow"
+    # Only PNGs are drawn; a notebook names its own MPLBACKEND.
+    os.environ |= {"MPLBACKEND": "Agg", "KERAS_BACKEND": "tensorflow"}
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # TensorFlow's own allocator keeps the memory of one step for the next; that saves 40 % of a step.
@@ -78,7 +78,7 @@ import tensorflow as tf
 
 try:
     import keras
-    from keras import layers, ops
+    from keras import initializers, layers, ops
 
     if keras.backend.backend() != "tensorflow":
         raise ImportError
@@ -162,6 +162,7 @@ PREPARATION = ("tokenizer", "max_length", "text_column", "label_column")  # for 
 METHODS = ("auto", "sequential", "parallel", "fused")
 # Compiles a function, with all that it calls, by XLA, TensorFlow's compiler.
 compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
+sum_over = functools.partial(tf.reduce_sum, keepdims=True)  # the axis stays, with size 1
 
 
 def sequential_scan(u, delta, A, B, C, h):
@@ -170,9 +171,9 @@ def sequential_scan(u, delta, A, B, C, h):
     def step(h, inputs):
         u, delta, B = inputs  # (b, d), (b, d), (b, n)
         a = tf.exp(delta[..., None] * A)
-        return a * h + (delta * u)[..., None] * B[:, None, :]
+        return a * h + (delta * u)[..., None] * B[:, None]
 
-    inputs = [tf.transpose(x, (1, 0, 2)) for x in (u, delta, B)]  # time first
+    inputs = [ops.swapaxes(x, 0, 1) for x in (u, delta, B)]  # time first
     states = tf.scan(step, inputs, h)  # (l, b, d, n)
     return tf.einsum("lbdn,bln->bld", states, C), states[-1]
 
@@ -193,24 +194,23 @@ def sequential_scan(u, delta, A, B, C, h):
 # broadcast: u and delta (b, chunks, k, 1, d), B and C (b, chunks, k, n, 1), h (b, n, d), A (n, d).
 
 
-def carry(total, h, A):
-    """The states before and after each chunk, from h: h[0] is the state before the first chunk,
-    h[i+1] the local state at the end of chunk i, over which delta sums to total[i].
+def carry(total, h, local, A):
+    """The states before and after each chunk (b, chunks + 1, n, d), from h before the first one,
+    the local states at their ends (b, chunks, n, d), and delta summed over each (b, chunks, 1, d).
 
-    ends[0] = h[0], ends[i+1] = exp(A total[i]) ends[i] + h[i+1], by doubling: after each round h[i]
-    has in it what twice as many chunks add, and total is delta summed over them (Hillis and Steele
-    1986).
-    total (b, chunks, 1, d), h (b, chunks + 1, n, d) -> ends, like h.
+    ends[0] = h, ends[i+1] = exp(A total[i]) ends[i] + local[i], by doubling: after each round ends
+    holds what twice as many chunks add, and total their sums of delta (Hillis and Steele 1986).
     """
-    states = ops.shape(h)[1]
-    total = tf.pad(total, ((0, 0), (1, 0), (0, 0), (0, 0)))  # as many as h
+    ends = tf.concat([h[:, None], local], 1)
+    total = tf.concat([total[:, :1], total], 1)  # as many; the first is not used
+    states = ops.shape(ends)[1]
 
-    def double(span, total, h):
-        has_earlier = (tf.range(states) >= span)[:, None, None]
-        earlier = [tf.where(has_earlier, tf.roll(x, span, 1), 0) for x in (total, h)]  # x[i - span]
-        return 2 * span, total + earlier[0], h + tf.exp(A * total) * earlier[1]
+    def double(span, total, ends):
+        has_earlier = (tf.range(states) >= span)[:, None, None]  # in the rest, roll wraps around
+        both = ends + tf.exp(A * total) * tf.roll(ends, span, 1)
+        return 2 * span, total + tf.roll(total, span, 1), tf.where(has_earlier, both, ends)
 
-    return tf.while_loop(lambda span, *_: span < states, double, (1, total, h))[2]
+    return tf.while_loop(lambda span, *_: span < states, double, (1, total, ends))[2]
 
 
 @compiled
@@ -219,15 +219,14 @@ def parallel_scan(A, u, delta, B, C, h):
     S = tf.cumsum(delta, 2)
     v = delta * u
     y = []
-    local = tf.zeros_like(S[:, :, 0] * A)  # (b, chunks, n, d)
+    local = 0.0
     for t in range(u.shape[2]):
         a = tf.exp(delta[:, :, t] * A)
-        local = a * local + v[:, :, t] * B[:, :, t]
-        y.append(tf.reduce_sum(C[:, :, t] * local, 2, keepdims=True))
-    local = tf.concat([h[:, None], local], 1)
-    ends = carry(S[:, :, -1], local, A)  # (b, chunks + 1, n, d)
+        local = a * local + v[:, :, t] * B[:, :, t]  # (b, chunks, n, d)
+        y.append(sum_over(C[:, :, t] * local, 2))
+    ends = carry(S[:, :, -1], h, local, A)  # (b, chunks + 1, n, d)
     carried = tf.exp(S * A) * ends[:, :-1, None]  # (b, chunks, k, n, d), which XLA fuses away
-    y = tf.stack(y, 2) + tf.reduce_sum(C * carried, 3, keepdims=True)
+    y = tf.stack(y, 2) + sum_over(C * carried, 3)
     return y, ends[:, :-1], ends[:, -1]
 
 
@@ -244,8 +243,8 @@ def selective_scan(
     B, C              (b, l, n)
     D                 (d,) or None
     initial_state     (b, d, n), the state before t = 0; None: zeros
-    method            "sequential", "parallel", "fused", or "auto": parallel where TensorFlow
-                      has a GPU, else fused, with a part of the batch on each CPU core
+    method            one of METHODS; "auto": parallel where TensorFlow has a GPU, else fused,
+                      with a part of the batch on each CPU core
 
     Returns y (b, l, d) in the dtype of u or, with `return_state`, (y, last state (b, d, n)).
     Computes in float32 (float64 if u is float64). Differentiable in every argument and through the
@@ -255,20 +254,19 @@ def selective_scan(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     D = tf.zeros(A.shape[:1]) if D is None else D
     h = tf.zeros((ops.shape(u)[0], *A.shape)) if initial_state is None else initial_state
-    dtype = tf.float64 if u.dtype == tf.float64 else tf.float32
+    dtype = "float64" if u.dtype == "float64" else "float32"
+    inputs = [tf.cast(x, dtype) for x in (u, delta, A, B, C, h, D)]
+    names = "u bld", "delta bld", "A dn", "B bln", "C bln", "initial_state bdn", "D d"
     sizes = dict(zip("dn", A.shape)) | dict(zip("bld", u.shape))
-    inputs = {"u bld": u, "delta bld": delta, "A dn": A, "B bln": B, "C bln": C}
-    inputs |= {"initial_state bdn": h, "D d": D}
-    inputs = {name: tf.cast(x, dtype) for name, x in inputs.items()}
-    for name, x in inputs.items():
+    for x, name in zip(inputs, names):
         name, letters = name.split()  # the letters of the shape
-        shape = tuple(sizes.get(letter) for letter in letters)
+        shape = tuple(map(sizes.get, letters))
         if not x.shape.is_compatible_with(shape) or 0 in shape[1:]:
             shape = f"({', '.join(letters)}) = {shape}, with only the batch allowed to be 0"
             raise ValueError(f"{name} must have the shape {shape}, not {tuple(x.shape)}")
-    *inputs, D = inputs.values()
-    # fast_scan: section 9
-    y, h = sequential_scan(*inputs) if method == "sequential" else fast_scan(*inputs, method)
+    *inputs, D = inputs
+    fast = fast_scan.python_function if tf.inside_function() else fast_scan  # section 9
+    y, h = sequential_scan(*inputs) if method == "sequential" else fast(*inputs, method)
     y = tf.cast(y + D * inputs[0], u.dtype)
     return (y, h) if return_state else y
 
@@ -279,14 +277,9 @@ def selective_scan(
 # padding after all tokens, so only attention, which reads in both directions, needs the mask.
 # Saved models find registered classes by their names.
 registered = keras.saving.register_keras_serializable("mamba_sentiment")
-normal = functools.partial(keras.initializers.RandomNormal, stddev=1.0)
-
-
-def linear_init(scale=1.0):
-    """Uniform on ±scale / sqrt(fan_in), as in PyTorch and so in the official code: the variance is
-    scale² / 3 / fan_in.
-    """
-    return keras.initializers.VarianceScaling(scale**2 / 3, "fan_in", "uniform")
+normal = functools.partial(initializers.RandomNormal, stddev=1.0)
+# Uniform on ±1 / sqrt(fan_in), as in PyTorch and so in the official code.
+linear = functools.partial(initializers.VarianceScaling, scale=1 / 3, distribution="uniform")
 
 
 @registered
@@ -318,7 +311,6 @@ class MambaBlock(layers.Layer):
     selection         what depends on the token; the rest is the same for all, for `ablate`
 
     `call` takes a mask (b, l), False at padding, on the left or the right, which is then skipped.
-    The state is the last kernel - 1 inputs of the convolution and h.
     """
 
     def __init__(self, state=16, kernel=4, expand=2, depth=1, selection="delta+B+C", **keywords):
@@ -334,36 +326,35 @@ class MambaBlock(layers.Layer):
 
     def build(self, input_shape):
         w, (n, kernel, expand, depth, selection) = input_shape[-1], self.options.values()
-        d, initial = expand * w, keras.initializers.Constant
-        self.in_proj = self.weight("in_proj", (w, 2 * d), linear_init())
-        self.conv_kernel = self.weight("conv_kernel", (kernel, d), linear_init())
-        bias_init = keras.initializers.RandomUniform(-(kernel**-0.5), kernel**-0.5)
-        self.conv_bias = self.weight("conv_bias", (d,), bias_init)
+        d = expand * w
+        self.in_proj = self.add_weight((w, 2 * d), linear(), name="in_proj")
+        self.conv_kernel = self.add_weight((kernel, d), linear(), name="conv_kernel")
+        bias_init = initializers.RandomUniform(-(kernel**-0.5), kernel**-0.5)
+        self.conv_bias = self.add_weight((d,), bias_init, name="conv_bias")
         self.add_selection(w, d, n, selection)
         # As in the official code: softplus(dt_bias) is log-uniform on [0.001, 0.1], and A starts as
         # -1, -2 ... -n in each channel (S4D-Real, section 3.6). log(expm1) inverts softplus.
         delta = np.exp(np.random.uniform(math.log(0.001), math.log(0.1), d))
-        dt_bias = np.log(np.expm1(delta))
-        self.dt_bias = self.weight("dt_bias", (d,), initial(dt_bias), "float32")
-        A_log = np.log(np.arange(1, n + 1))
-        self.A_log = self.weight("A_log", (d, n), initial(A_log), "float32")
-        self.D = self.weight("D", (d,), "ones", "float32")
-        self.out_proj = self.weight("out_proj", (d, w), linear_init(depth**-0.5))
+        self.dt_bias = self.scan_weight("dt_bias", (d,), np.log(np.expm1(delta)))
+        A = np.tile(np.arange(1, n + 1), (d, 1))
+        self.A_log = self.scan_weight("A_log", (d, n), np.log(A))
+        self.D = self.scan_weight("D", (d,), "ones")
+        self.out_proj = self.add_weight((d, w), linear(scale=1 / 3 / depth), name="out_proj")
 
-    def weight(self, name, shape, initializer, dtype=None):
-        """A new weight; those of the scan are float32 under any dtype policy."""
-        return self.add_weight(shape, initializer, dtype, name=name, autocast=dtype is None)
+    def scan_weight(self, name, shape, initializer):
+        """A new weight that is float32 under any dtype policy."""
+        return self.add_weight(shape, initializer, "float32", name=name, autocast=False)
 
     def add_selection(self, w, d, n, selection):
         """The weights of `select`, with r as in the official code."""
         r = math.ceil(w / 16)
         self.sizes = [r, n, n]
-        self.x_proj = self.weight("x_proj", (d, r + 2 * n), linear_init(), "float32")
-        self.dt_proj = self.weight("dt_proj", (r, d), linear_init(), "float32")
+        self.x_proj = self.scan_weight("x_proj", (d, r + 2 * n), linear())
+        self.dt_proj = self.scan_weight("dt_proj", (r, d), linear())
         selected = [name in selection.split("+") for name in ("delta", "B", "C")]
-        self.selected = None if all(selected) else np.repeat(selected, self.sizes)
-        if self.selected is not None:
-            self.constant = self.weight("constant", (r + 2 * n,), normal(), "float32")
+        self.selected = np.repeat(selected, self.sizes)
+        if not all(selected):
+            self.constant = self.scan_weight("constant", self.selected.shape, normal())
 
     def convolve(self, x, real=1.0, earlier=None):
         """Linear projection up and convolution: x (b, l, w) -> u, gate (b, l, d), and the inputs of
@@ -371,7 +362,7 @@ class MambaBlock(layers.Layer):
 
         real (b, l, 1): 0 at padding. earlier (b, kernel - 1, d): the inputs before x; None: zeros.
         """
-        x, gate = tf.split(tf.tensordot(x, self.in_proj, 1), 2, -1)
+        x, gate = tf.split(ops.dot(x, self.in_proj), 2, -1)
         batch, length, channels = ops.shape(x)
         kernel = self.options["kernel"]
         if earlier is None:
@@ -379,25 +370,27 @@ class MambaBlock(layers.Layer):
         inputs = tf.concat([earlier, real * x], 1)
         # Causal and depthwise: the inputs start kernel - 1 steps before t = 0.
         taps = [inputs[:, i : i + length] * self.conv_kernel[i] for i in range(kernel)]
-        return real * tf.nn.silu(sum(taps) + self.conv_bias), gate, inputs
+        return real * ops.silu(sum(taps) + self.conv_bias), gate, inputs
 
     def select(self, u):
         """Selection (algorithm 2): the token itself, u (b, l, d), decides the step size, what
         enters the state and what is read from it -> delta (b, l, d), B and C (b, l, n).
         """
-        projected = tf.tensordot(tf.cast(u, tf.float32), self.x_proj, 1)  # (b, l, r + 2n)
-        if self.selected is not None:  # the ablation
+        projected = ops.dot(tf.cast(u, "float32"), self.x_proj)  # (b, l, r + 2n)
+        if not self.selected.all():  # the ablation
             projected = tf.where(self.selected, projected, self.constant)
         low_rank, B, C = tf.split(projected, self.sizes, -1)
-        return tf.nn.softplus(tf.tensordot(low_rank, self.dt_proj, 1) + self.dt_bias), B, C
+        return ops.softplus(ops.dot(low_rank, self.dt_proj) + self.dt_bias), B, C
 
     def ssm(self, u, real, h):
         """The selective scan of u: h (b, d, n) or None -> y (b, l, d), last h."""
         delta, B, C = self.select(u)
-        delta *= tf.cast(real, delta.dtype)  # padding leaves the state as it is
+        delta *= tf.cast(real, "float32")  # padding leaves the state as it is
+        A = -tf.exp(self.A_log)
         # "parallel" or "fused" (section 9), not "auto": the classifier shards the batch already.
-        options = {"initial_state": h, "return_state": True, "method": fast_method()}
-        return selective_scan(u, delta, -tf.exp(self.A_log), B, C, self.D, **options)
+        return selective_scan(
+            u, delta, A, B, C, self.D, initial_state=h, return_state=True, method=fast_method()
+        )
 
     def call(self, x, mask=None, initial_state=None, return_state=False):
         """x (b, l, w) -> (b, l, w) or, with `return_state`, that and the state after x.
@@ -411,12 +404,12 @@ class MambaBlock(layers.Layer):
         real = tf.cast(mask, x.dtype)[..., None]
         u, gate, inputs = self.convolve(x, real, earlier)
         y, h = self.ssm(u, real, h)
-        y = tf.tensordot(y * tf.nn.silu(gate), self.out_proj, 1)
+        y = ops.dot(y * ops.silu(gate), self.out_proj)
         if not return_state:
             return y
         # The last kernel - 1 inputs up to the last token of a row; inputs[i + kernel - 1] is x[i].
-        count = tf.range(1, ops.shape(x)[1] + 1)
-        end = tf.reduce_max(tf.where(real[..., 0] > 0, count, 0), 1)
+        count = 1 + tf.range(ops.shape(x)[1])
+        end = tf.reduce_max(count * tf.cast(mask, "int32"), 1)
         last = end[:, None] + tf.range(self.options["kernel"] - 1)
         return y, (tf.gather(inputs, last, axis=1, batch_dims=1), h)
 
@@ -431,17 +424,17 @@ class SSMBlock(MambaBlock):
     """
 
     def add_selection(self, w, d, n, selection):
-        self.B = self.weight("B", (d, n), "ones", "float32")  # per channel, as in S4D
-        self.C = self.weight("C", (d, n), normal(), "float32")
+        self.B = self.scan_weight("B", (d, n), "ones")  # per channel, as in S4D
+        self.C = self.scan_weight("C", (d, n), normal())
 
     def ssm(self, u, real, h):
         """The convolution; padding is 0 in u already, and there is no h -> y (b, l, d), None."""
         length = ops.shape(u)[1]
-        x = tf.linalg.matrix_transpose(tf.cast(u, tf.float32))  # (b, d, l)
-        delta = tf.nn.softplus(self.dt_bias)[:, None]  # (d, 1)
+        x = tf.linalg.matrix_transpose(tf.cast(u, "float32"))  # (b, d, l)
+        delta = ops.softplus(self.dt_bias)[:, None]  # (d, 1)
         log_decay = -tf.exp(self.A_log) * delta  # of one step, (d, n)
-        log_decay = log_decay[..., None] * tf.range(length, dtype=x.dtype)  # (d, n, l)
-        kernel = tf.einsum("dn,dnl->dl", self.C * self.B * delta, tf.exp(log_decay))
+        decay = tf.exp(log_decay[..., None] * tf.range(length, dtype="float32"))  # (d, n, l)
+        kernel = tf.einsum("dn,dnl->dl", self.C * self.B * delta, decay)
         # Zero-padded to twice the length, because the convolution of an FFT is circular.
         size = [2 * length]
         spectrum = tf.signal.rfft(x, size) * tf.signal.rfft(kernel, size)
@@ -469,7 +462,7 @@ class AttentionBlock(layers.MultiHeadAttention):
         """x (b, l, w), mask (b, l), False at padding -> (b, l, w)."""
         length, width = ops.shape(x)[1:]
         frequencies = 1e4 ** -tf.range(0.0, 1.0, 2 / width)
-        angles = tf.range(length, dtype=tf.float32)[:, None] * frequencies
+        angles = tf.range(length, dtype="float32")[:, None] * frequencies
         positions = tf.concat([tf.sin(angles), tf.cos(angles)], -1)[:, :width]  # (l, w)
         query = x + tf.cast(positions, x.dtype)
         return super().call(query, x, query, key_mask=mask)
@@ -507,50 +500,50 @@ class TweetClassifier(keras.Model):
         self.norms = [layers.RMSNormalization() for _ in self.blocks]
         self.norm = layers.RMSNormalization()
         self.head = layers.Dense(config.classes, dtype="float32")
-        for layer in (self.embedding, *self.norms, *self.blocks, self.norm, self.head):
+        for layer in self.layers:
             layer.build((None, None, config.width))
         self.built = True
 
     def get_config(self):
-        config = {"block": self.block, "config": dataclasses.asdict(self.config)}
-        return super().get_config() | config
+        return super().get_config() | {"block": self.block, "config": vars(self.config)}
 
     def call(self, ids, training=False, seed=None):
         """ids (b, l) int32 -> logits (b, classes) float32.
 
-        seed: (2,) int64, that of dropout in training; the same seed drops the same channels. None:
-        a random one.
+        seed: (2,) int64, that of dropout in training; None: a random one.
         """
         batch = ops.shape(ids)[0]
-        if not ids.shape[0]:  # None may be 0, and neither XLA nor an FFT takes an empty batch
-            ids = tf.pad(ids, ((0, tf.cast(batch == 0, tf.int32)), (0, 0)))
+        # A row more if there is none, as 0**0 = 1: neither XLA nor an FFT takes an empty batch.
+        ids = tf.pad(ids, ((0, 0**batch), (0, 0)))
         if seed is None:
-            seed = tf.random.uniform((2,), maxval=2**31, dtype=tf.int64)
+            seed = tf.random.uniform((2,), maxval=2**31, dtype="int64")
 
         def drop(x, i):
-            """Drop whole channels of a sequence, as `keras.layers.SpatialDropout1D`."""
+            """Drop whole channels of a sequence; each i has a seed of its own."""
             rate = self.config.dropout if training else 0
-            shape = ops.shape(x)[0], 1, x.shape[2]
-            # Philox, as the default takes 20 times as long under XLA on a CPU. i << 40: each layer
-            # has a seed of its own.
+            # Philox, as the default takes 20 times as long under XLA on a CPU.
             dropout = tf.nn.experimental.stateless_dropout
-            return dropout(x, rate, seed + [i << 40, 0], "philox", shape)
+            return dropout(x, rate, seed + [i << 40, 0], "philox", ops.shape(x[:, :1]))
 
-        mask = tf.not_equal(ids, 0)
+        mask = ids != 0
         x = drop(self.embedding(ids), 0)  # (b, l, w)
         for i, (norm, block) in enumerate(zip(self.norms, self.blocks), 1):
             masked = {"mask": mask} if isinstance(block, AttentionBlock) else {}
             x += drop(block(norm(x), **masked), i)
-        pooled, count = self.pool(drop(self.norm(x), len(self.blocks) + 1), mask)
-        logits = self.head(pooled / tf.maximum(count, 1))
-        return logits[:batch]
+        return self.pool(drop(self.norm(x), len(self.blocks) + 1), mask)[0][:batch]
 
-    def pool(self, x, mask):
-        """x summed over the tokens, or at the last token (b, w), and the number summed (b, 1)."""
-        real = tf.cast(mask, tf.float32)[:, :, None]
+    def pool(self, x, mask, pooled=0.0, count=0.0):
+        """x (b, l, w) and what was pooled before -> logits, the sum of x over the tokens or x at
+        the last of them (b, w), and the number summed (b, 1).
+        """
+        real = tf.cast(mask, "float32")[:, :, None]
         if self.config.pooling == "last":
-            real *= tf.cast(tf.cumsum(real, 1, reverse=True) == 1, tf.float32)  # only the last
-        return tf.reduce_sum(tf.cast(x, tf.float32) * real, 1), tf.reduce_sum(real, 1)
+            real *= tf.cast(tf.cumsum(real, 1, reverse=True) == 1, "float32")  # only the last
+            pooled *= 1 - tf.reduce_sum(real, 1)  # it replaces what was before
+            count = 0.0
+        pooled += tf.reduce_sum(tf.cast(x, "float32") * real, 1)
+        count += tf.reduce_sum(real, 1)
+        return self.head(pooled / tf.maximum(count, 1)), pooled, count
 
     def read(self, ids, state=None):
         """Read the next piece of a text (b, l) -> (logits of the text so far, state for the next).
@@ -559,19 +552,16 @@ class TweetClassifier(keras.Model):
         """
         if self.block != "mamba":
             raise ValueError(f"only mamba reads a text in pieces, not {self.block}")
-        states, pooled, count = state or ([None] * len(self.blocks), 0.0, 0.0)
-        mask = tf.not_equal(ids, 0)
+        states, *pooled = state or [[None] * len(self.blocks)]
+        mask = ids != 0
         x = self.embedding(ids)
         last_states = []
         for norm, block, before in zip(self.norms, self.blocks, states):
             y, after = block(norm(x), mask, initial_state=before, return_state=True)
             x += y
             last_states.append(after)
-        piece, number = self.pool(self.norm(x), mask)
-        keep = 1 - number if self.config.pooling == "last" else 1  # a later position replaces it
-        pooled = keep * pooled + piece
-        count = keep * count + number
-        return self.head(pooled / tf.maximum(count, 1)), (last_states, pooled, count)
+        logits, *pooled = self.pool(self.norm(x), mask, *pooled)
+        return logits, (last_states, *pooled)
 
     @tf.function(autograph=False)
     def logits(self, ids):
@@ -1257,10 +1247,8 @@ def bench(arguments):
 
 
 def scan_steps(body, state, arrays, outputs, reverse=False, unroll=False):
-    """Like `jax.lax.scan`: state, outputs[t] = body(state, *(x[t] for x in arrays)) for each t.
-
-    Returns (state, *outputs); `outputs`: their number. `tf.scan` and `tf.map_fn` instead take 1.25
-    to 1.5 times as long.
+    """Like `jax.lax.scan`: state, y[t] = body(state, *(x[t] for x in arrays)) -> (state, *y), where
+    y are `outputs` arrays. `tf.scan` and `tf.map_fn` instead take 1.25 to 1.5 times as long.
     """
     steps = ops.shape(arrays[0])[0]
 
@@ -1269,8 +1257,7 @@ def scan_steps(body, state, arrays, outputs, reverse=False, unroll=False):
         state, new = body(state, *(x[t] for x in arrays))
         return i + 1, state, [array.write(t, x) for array, x in zip(written, new)]
 
-    written = [tf.TensorArray(arrays[0].dtype, steps) for _ in range(outputs)]
-    loop = 0, state, written
+    loop = 0, state, [tf.TensorArray(arrays[0].dtype, steps) for _ in range(outputs)]
     if unroll:
         for _ in range(steps):
             loop = step(*loop)
@@ -1281,18 +1268,16 @@ def scan_steps(body, state, arrays, outputs, reverse=False, unroll=False):
 
 @compiled
 def fused_scan(A, u, delta, B, C, h):
-    """One sequence after another (a scan without a state), in it one chunk after another; arguments
-    and results of `parallel_scan`.
-    """
+    """One sequence after another, in it one chunk after another; else as `parallel_scan`."""
 
     def step(h, a, v, B, C):
         h = a * h + v * B  # (n, d)
-        return h, [tf.reduce_sum(C * h, 0)]
+        return h, [sum_over(C * h, 0)]
 
     def chunk(h, u, delta, B, C):
         a = tf.exp(delta * A)  # (k, n, d)
         last, y = scan_steps(step, h, (a, delta * u, B, C), 1)
-        return last, [y[:, None], h]
+        return last, [y, h]
 
     def sequence(_, u, delta, B, C, h):
         last, y, starts = scan_steps(chunk, h, (u, delta, B, C), 2)
@@ -1325,16 +1310,16 @@ def chunk_gradient(A, u, delta, B, C, h, dy, g, unroll=False):
 
     def over_channels(x, y):
         if unroll:  # for a GPU, which would round a product of matrices to TF32
-            return tf.reduce_sum(x * y, -1, keepdims=True)
-        return tf.linalg.matvec(x, y[..., 0, :])[..., None]
+            return sum_over(x * y, -1)
+        return tf.matmul(x, y, transpose_b=True)
 
     a, v = tf.exp(delta * A), delta * u
     _, p = scan_steps(forward, h, (a, v, B), 1, unroll=unroll)
     g_before, g = scan_steps(backward, g, (a, C, dy), 1, reverse=True, unroll=unroll)
-    gB = tf.reduce_sum(g * B, -2, keepdims=True)
-    ddelta = u * gB + tf.reduce_sum(g * p * A, -2, keepdims=True)
+    gB = sum_over(g * B, -2)
+    ddelta = u * gB + sum_over(g * p * A, -2)
     dB = over_channels(g, v)
-    dC = over_channels(p, dy) + B * tf.reduce_sum(v * dy, -1, keepdims=True)  # h = p + v B
+    dC = over_channels(p, dy) + B * sum_over(v * dy, -1)  # h = p + v B
     return g_before, tf.reduce_sum(g * p * delta, 0), delta * gB, ddelta, dB, dC
 
 
@@ -1347,13 +1332,11 @@ def fused_gradient(A, u, delta, B, C, h, starts, dy, dlast):
         g, dA_chunk, *gradients = chunk_gradient(A, *arrays, g)
         return (dA + dA_chunk, g), gradients
 
-    def sequence(dA, *arrays):
-        *arrays, g = arrays
+    def sequence(dA, g, *arrays):
         (dA, g), *gradients = scan_steps(chunk, (dA, g), arrays, 4, reverse=True)
         return dA, [*gradients, g]
 
-    arrays = u, delta, B, C, starts, dy, dlast
-    dA, *gradients = scan_steps(sequence, tf.zeros_like(A), arrays, 5)
+    dA, *gradients = scan_steps(sequence, tf.zeros_like(A), (dlast, u, delta, B, C, starts, dy), 5)
     return dA[None], *gradients
 
 
@@ -1364,12 +1347,10 @@ def parallel_gradient(A, u, delta, B, C, h, starts, dy, dlast):
     # g[i] = sum_t C[t] dy[t] exp(A S[t]) + exp(A S[-1]) g[i+1]. So `carry`, from the end.
     S = tf.cumsum(delta, 2)
     local = tf.reduce_sum(C * tf.exp(S * A) * dy, 2)
-    local = tf.concat([local, dlast[:, None]], 1)
-    g = carry(S[:, ::-1, -1], local[:, ::-1], A)[:, ::-1]
-    *arrays, dy = (tf.transpose(x, (2, 0, 1, 3, 4)) for x in (u, delta, B, C, dy))
+    g = carry(S[:, ::-1, -1], dlast, local[:, ::-1], A)[:, ::-1]
+    *arrays, dy = (ops.moveaxis(x, 2, 0) for x in (u, delta, B, C, dy))  # time first
     _, dA, *gradients = chunk_gradient(A, *arrays, starts, dy, g[:, 1:], unroll=True)
-    gradients = (tf.transpose(x, (1, 2, 0, 3, 4)) for x in gradients)
-    return tf.reduce_sum(dA, 1), *gradients, g[:, 0]
+    return tf.reduce_sum(dA, 1), *(ops.moveaxis(x, 0, 2) for x in gradients), g[:, 0]
 
 
 def fast_method():
@@ -1382,35 +1363,30 @@ def in_shards(function, *arrays, shard=True):
     """[function(*shard)] for shards of a batch (axis 0): one per core, at most 8; on a GPU one. XLA
     runs a loop over time on one core; several calls in a plain `tf.function` run in parallel.
     """
-    batch = arrays[0].shape[0]
-    shards = min(8, os.cpu_count(), batch or 1) if shard and fast_method() == "fused" else 1
-    cuts = [0, *(batch * i // shards for i in range(1, shards)), None]
+    batch = arrays[0].shape[0] or 1
+    shards = min(8, os.cpu_count(), batch) if shard and fast_method() == "fused" else 1
+    cuts = [batch * i // shards for i in range(shards)] + [None]
     return [function(*(x[i:j] for x in arrays)) for i, j in itertools.pairwise(cuts)]
 
 
-def fast_scan(*inputs):
-    """`scan_by_method`, eagerly as a `tf.function`. Inside another it has to be inlined: XLA would
-    treat what an inner function passes to its gradient as constants, and compile for each input.
-    """
-    scan = scan_by_method.python_function if tf.inside_function() else scan_by_method
-    return scan(*inputs)
-
-
 @tf.function(autograph=False)
-def scan_by_method(u, delta, A, B, C, h, method):
-    """A fast method with its layout and its gradient; same arrays as `sequential_scan`."""
-    batch, length, channels = ops.shape(u)
-    spare = 0 if u.shape[0] else tf.cast(batch == 0, tf.int32)  # XLA takes no empty batch
-    if method == "fused" or method == "auto" and fast_method() == "fused":
-        forward, backward = fused_scan, fused_gradient
-        chunks = -(-length // 16)
-        steps = -(-length // chunks)
-    else:
-        forward, backward, chunks, steps = parallel_scan, parallel_gradient, -(-length // 8), 8
+def fast_scan(u, delta, A, B, C, h, method):
+    """A fast method with its layout and its gradient; same arrays as `sequential_scan`.
 
-    def cut(x, *last):  # (b, l, .) -> (b, chunks, k, *last); delta = 0 leaves h as it is
-        x = tf.pad(x, ((0, spare), (0, chunks * steps - length), (0, 0)))
-        return tf.reshape(x, (batch + spare, chunks, steps, *last))
+    Inside another `tf.function` it has to be inlined: XLA would treat what an inner function passes
+    to its gradient as constants, and compile for each input.
+    """
+    batch, length, channels = ops.shape(u)
+    spare = 0**batch  # 0**0 = 1: XLA takes no empty batch
+    if method == "fused" or method == "auto" and fast_method() == "fused":
+        chunks = -(-length // 16)
+        forward, backward, steps = fused_scan, fused_gradient, -(-length // chunks)
+    else:
+        forward, backward, steps = parallel_scan, parallel_gradient, 8
+
+    def cut(x, axis):  # (b, l, .) -> (b, chunks, k, .) with a new axis; delta = 0 keeps h
+        x = tf.pad(x, ((0, spare), (0, -length % steps), (0, 0)))
+        return tf.expand_dims(tf.reshape(x, (batch + spare, -1, steps, x.shape[2])), axis)
 
     def on_shards(function, *arrays):
         # Without `tf.stop_gradient` TensorFlow would prepare to differentiate the loops itself.
@@ -1431,12 +1407,10 @@ def scan_by_method(u, delta, A, B, C, h, method):
         y, starts, last = on_shards(forward, *arrays)
         return (y, last), lambda dy, dlast: gradient(*arrays, starts, dy, dlast)
 
-    u, delta = cut(u, 1, channels), cut(delta, 1, channels)
-    B, C = cut(B, -1, 1), cut(C, -1, 1)
-    h = tf.pad(tf.transpose(h, (0, 2, 1)), ((0, spare), (0, 0), (0, 0)))
-    y, h = scan(tf.transpose(A), u, delta, B, C, h)
-    y = tf.reshape(y, (batch + spare, chunks * steps, channels))
-    return y[:batch, :length], tf.transpose(h, (0, 2, 1))[:batch]
+    h = tf.pad(tf.linalg.matrix_transpose(h), ((0, spare), (0, 0), (0, 0)))
+    y, h = scan(tf.transpose(A), cut(u, 3), cut(delta, 3), cut(B, 4), cut(C, 4), h)
+    y = tf.reshape(y, (batch + spare, -1, channels))
+    return y[:batch, :length], tf.linalg.matrix_transpose(h)[:batch]
 
 
 # ------------------------------------------------------------------------------ 10 Command line
