@@ -1035,12 +1035,12 @@ def train_model(name, config, meta, splits, run, restart):
     optimizer = make_optimizer(model, steps)
     step = training_step(model, optimizer)
     variables = [*model.variables, *optimizer.variables]
-    sums, history, seconds, highest, best = np.zeros(2), [], 0.0, -1.0, []
+    sums, history, seconds, best = np.zeros(2), [], 0.0, []
     path = run / "checkpoint.npz"
     if path.exists() and not restart:
         with reading(path, "--restart starts the training over"), np.load(path) as file:
             text, sums, *arrays = file.values()
-            written, history, seconds, highest = json.loads(str(text))
+            written, history, seconds = json.loads(str(text))
             require(written == identity, "written with other settings or data")
             for variable in variables:
                 variable.assign(arrays.pop(0))
@@ -1065,21 +1065,22 @@ def train_model(name, config, meta, splits, run, restart):
         epoch, remainder = divmod(done, steps // config.epochs)
         if remainder == 0:
             accuracy = np.mean(predict_logits(model, val[0]).argmax(1) == val[1])
-            if accuracy > highest:
-                highest, best = accuracy, model.get_weights()
+            if accuracy > max((row["val_accuracy"] for row in history), default=-1):
+                best = model.get_weights()
             row = {"epoch": epoch, "loss": loss, "val_accuracy": accuracy, "seconds": seconds}
             history.append(row)
             say(f"\n{progress}, epoch {epoch}, validation {accuracy:.4f}, {seconds:.1f} s")
             sums[:] = 0
         if remainder == 0 or seconds > saved + CHECKPOINT_SECONDS:
             saved = seconds
-            text = json.dumps([identity, history, seconds, highest])
+            text = json.dumps([identity, history, seconds])
             atomic_write(path, np.savez, text, sums, *variables, *best)
     model.set_weights(best)
     metrics = scores(test[1], predict_logits(model, test[0]).argmax(1))
     metrics |= {"train_sequences": len(ids), "parameters": model.count_params()}
-    metrics |= {"train_seconds": seconds, "validation": highest}
-    atomic_write(run / "history.csv", pd.DataFrame(history).to_csv, index=False)
+    history = pd.DataFrame(history)
+    metrics |= {"train_seconds": seconds, "validation": history.val_accuracy.max()}
+    atomic_write(run / "history.csv", history.to_csv, index=False)
     atomic_write(run / "model.keras", model.save)
     atomic_write(run / "metrics.json", pd.Series(identity | metrics).to_json, indent=1)
     return metrics
