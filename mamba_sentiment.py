@@ -836,16 +836,16 @@ def preprocess(arguments):
             splits[split] = induction_heads(size, config.max_length, seed=len(splits))
     else:
         tweets = clean_and_split(read_table(source, config.text_column, config.label_column))
-        train = tweets["train"]
+        texts = tweets["train"].text
         try:
-            tokenizer = load_tokenizer(config.tokenizer, train.text)
+            tokenizer = load_tokenizer(config.tokenizer, texts)
         except UserError as error:
             require("tokenizer" not in arguments.settings, error)
             say(f"data: {error}; using a vocabulary of the training tweets instead")
             config.tokenizer = "train"
-            tokenizer = load_tokenizer("train", train.text)
+            tokenizer = load_tokenizer("train", texts)
         config.vocab_size = len(tokenizer)
-        meta["counts"] = train.label.value_counts().to_dict()
+        meta["counts"] = tweets["train"].label.value_counts().to_dict()
         labels = sorted(meta["counts"])
         if set(labels) <= set(SENTIMENTS.values()):
             labels = list(SENTIMENTS.values())
