@@ -65,6 +65,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 if __name__ == "__main__":  # before TensorFlow is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
     # Only PNGs are drawn; a notebook names its own MPLBACKEND.
     os.environ |= {"MPLBACKEND": "Agg", "KERAS_BACKEND": "tensorflow"}
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -437,7 +438,8 @@ class SSMBlock(MambaBlock):
         kernel = tf.einsum("dn,dnl->dl", self.C * self.B * delta, decay)
         # Zero-padded to twice the length, because the convolution of an FFT is circular.
         size = [2 * length]
-        spectrum = tf.signal.rfft(x, size) * tf.signal.rfft(kernel, size)
+        padded = tf.pad(x, ((0, 0), (0, 0), (0, length)))  # not by rfft: the batch may be empty
+        spectrum = tf.signal.rfft(padded) * tf.signal.rfft(kernel, size)
         y = tf.signal.irfft(spectrum, size)[..., :length] + self.D[:, None] * x  # (b, d, l)
         return tf.cast(tf.linalg.matrix_transpose(y), u.dtype), None
 
@@ -513,7 +515,7 @@ class TweetClassifier(keras.Model):
         seed: (2,) int64, that of dropout in training; None: a random one.
         """
         batch = ops.shape(ids)[0]
-        # A row more if there is none, as 0**0 = 1: neither XLA nor an FFT takes an empty batch.
+        # A row more if there is none, as 0**0 = 1: Keras's LSTM does not take an empty batch.
         ids = tf.pad(ids, ((0, 0**batch), (0, 0)))
         if seed is None:
             seed = tf.random.uniform((2,), maxval=2**31, dtype="int64")
