@@ -1048,8 +1048,9 @@ def train_model(name, config, meta, splits, run, restart):
             for variable in variables:
                 variable.assign(arrays.pop(0))
             best = arrays
-        say(f"resuming from {path}, after step {optimizer.iterations.numpy()} of {steps}")
     done = int(optimizer.iterations.numpy())
+    if done:
+        say(f"resuming from {path}, after step {done} of {steps}")
     bar = keras.utils.Progbar(steps, stateful_metrics=["loss"])
     start, reported, saved = timeit.default_timer() - seconds, seconds, -CHECKPOINT_SECONDS
     for batch in load_batches(plan[done:], ids, labels):
