@@ -2,7 +2,7 @@
 
 Mamba (Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv
 2312.00752, below "the paper"; official code: github.com/state-spaces/mamba) is compared with a
-time-invariant state space model (SSM), a Transformer and an LSTM. Only the block differs.
+time-invariant state space model (SSM), a Transformer and an LSTM. Only the blocks differ.
 
     python mamba_sentiment.py preprocess             tweets -> clean text -> token ids, as CSV
     python mamba_sentiment.py train --model mamba    preprocesses first if needed
@@ -26,7 +26,7 @@ Glossary. Sizes are lower case; arrays are named as in the paper. (b, ...) is a 
     delta           Delta       dt              (b, l, d)   step size, not negative
     A               A           A               (d, n)      decay rates, negative: -exp(A_log)
     B, C            B, C        B, C            (b, l, n)   input and output projections of h;
-                                                            (d, n) where the same for all tokens
+                                                            (d, n) in SSMBlock
     D                           D               (d,)        skip connection from u to y
     h               h           state           (b, d, n)   state
     y               y           y               (b, l, d)   output of the scan
@@ -36,7 +36,7 @@ Glossary. Sizes are lower case; arrays are named as in the paper. (b, ...) is a 
     S                                                       sum of delta from the start of a chunk
     g                                                       gradient of h; dy, du ...: of y, u ...
 
-Sections 2 to 4 are Mamba; a reader who stops there has understood it.
+Start at section 2: sections 2 to 4 are Mamba, and a reader who stops there has understood it.
 """
 
 import argparse
@@ -93,7 +93,7 @@ SELECTIONS = ("none", "delta", "B", "C", "B+C", "delta+B+C")  # those that `abla
 
 @dataclasses.dataclass
 class Config:
-    """Every setting. The command line makes each a flag, with its comment as the help."""
+    """Every setting. Each but `classes` is a flag, with its comment as the help."""
 
     width: int = 64  # width of the embedding and the residual stream
     depth: int = 2  # number of layers
@@ -138,8 +138,9 @@ PREPARATION = ("tokenizer", "max_length", "text_column", "label_column")  # for 
 #
 # A is diagonal: n decay rates. Each token is one step of time, of size delta. Over a step in
 # which u does not change (zero-order hold, eq. 4), h is multiplied by exp(delta A), and u adds
-# B u (exp(delta A) - 1) / A. The official code adds delta B u, the limit for small delta.
-# A skip connection D u is added to y:
+# B u (exp(delta A) - 1) / A. The official code adds delta B u, which is close for small delta, and
+# so does this file. A skip connection D u is added to y. What is new in Mamba is the [t] of delta,
+# B and C:
 #
 #     h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t]                      (eq. 2a)
 #     y[t] = C[t] . h[t] + D u[t]                                             (eq. 2b)
@@ -151,11 +152,11 @@ PREPARATION = ("tokenizer", "max_length", "text_column", "label_column")  # for 
 #     1    2      0         1            1 x 1 + 0 x 2         =  1         the token is skipped
 #     2    3      5         0.007        0.007 x 1 + 5 x 3     = 15.007     it replaces the past
 #
-# In Mamba delta, B and C are computed from the token itself. So the model can select which tokens
-# to remember and which to ignore (selection: section 3.2, algorithm 2). If they were the same for
-# every token, as in earlier SSMs, y would be a convolution of u (eq. 3), which `SSMBlock` uses.
-# With selection the decay between two tokens depends on those between them, and the recurrence
-# itself has to be computed:
+# In Mamba delta (one per channel), B and C (for all channels) are computed from the token u[t]. So
+# the model can select which tokens to remember and which to ignore (selection: section 3.2,
+# algorithm 2). If they were the same for every token, as in earlier SSMs, y would be a convolution
+# of u (eq. 3), which `SSMBlock` uses. With selection what a token adds to a later y depends on more
+# than their distance, and the recurrence itself has to be computed:
 #
 #     sequential   the two equations, step by step: the reference
 #     parallel     pieces of the sequence, all at once; for a GPU
@@ -179,44 +180,49 @@ def sequential_scan(u, delta, A, B, C, h):
     return tf.einsum("lbdn,bln->bld", states, C), states[-1]
 
 
-# On a GPU each of the l steps starts several small operations. The parallel method cuts the
-# sequence into chunks of k = 8 steps, treats each as a sequence that starts from h = 0, and
-# computes these local states of all chunks at once: 8 steps instead of l. The recurrence is linear
-# in h, so a local state lacks only the state before the chunk, times the decays since. Their
-# product is exp of a cumulative sum of log decays, with t counted from the start of the chunk:
+# That is slow on a GPU, where each of the l steps starts several small operations. The parallel
+# method cuts the sequence into chunks of k = 8 steps and treats each as a sequence that starts from
+# h = 0. It computes the states of all chunks, the local states, at once: 8 steps instead of l. The
+# recurrence is linear in h, so a local state lacks only the state before the chunk, times the
+# decays since. Their product is exp of a cumulative sum of log decays, with t counted from the
+# start of the chunk:
 #
 #     h[t] = local h[t] + exp(A S[t]) h_before,      S[t] = delta[0] + ... + delta[t]
 #
-# With t at the end of each chunk this is a recurrence over chunks, which `carry` solves in log2 of
-# their number of rounds. All of it is safe for every input: A S <= 0, so exp cannot overflow; if it
+# With t at the end of each chunk this is a recurrence over chunks, which `carry` solves in about
+# log2(chunks) rounds. All of it is safe for every input: A S <= 0, so exp cannot overflow; if it
 # underflows to 0, so does the true product; and nothing is divided by it.
 #
-# For both fast methods section 9 lays out the state as (n, d), and the inputs so that all products
-# broadcast: u and delta (b, chunks, k, 1, d), B and C (b, chunks, k, n, 1), h (b, n, d), A (n, d).
+# For both fast methods section 9 pads l to whole chunks, and lays out the state as (n, d) and the
+# inputs so that all products broadcast: u and delta (b, chunks, k, 1, d), B and C (b, chunks, k, n,
+# 1), h (b, n, d), A (n, d).
 
 
 def carry(total, h, local, A):
     """The states before and after each chunk (b, chunks + 1, n, d), from h before the first one,
-    the local states at their ends (b, chunks, n, d), and delta summed over each (b, chunks, 1, d).
+    local, the local states at their ends (b, chunks, n, d), and total, delta summed over each
+    (b, chunks, 1, d).
 
-    ends[0] = h, ends[i+1] = exp(A total[i]) ends[i] + local[i], by doubling: after each round ends
-    holds what twice as many chunks add, and total their sums of delta (Hillis and Steele 1986).
+    ends[0] = h, ends[i+1] = exp(A total[i]) ends[i] + local[i], by doubling: before each round
+    ends[i] is what the last `span` chunks add, and total their delta (Hillis and Steele 1986).
     """
     ends = tf.concat([h[:, None], local], 1)
-    total = tf.concat([total[:, :1], total], 1)  # as many; the first is not used
-    states = ops.shape(ends)[1]
+    total = tf.concat([total[:, :1], total], 1)  # now total[i] leads to ends[i]; the first: unused
+    count = ops.shape(ends)[1]
 
     def double(span, total, ends):
-        has_earlier = (tf.range(states) >= span)[:, None, None]  # in the rest, roll wraps around
+        has_earlier = (tf.range(count) >= span)[:, None, None]  # in the rest, roll wraps around
         both = ends + tf.exp(A * total) * tf.roll(ends, span, 1)
         return 2 * span, total + tf.roll(total, span, 1), tf.where(has_earlier, both, ends)
 
-    return tf.while_loop(lambda span, *_: span < states, double, (1, total, ends))[2]
+    return tf.while_loop(lambda span, *_: span < count, double, (1, total, ends))[2]
 
 
 @compiled
 def parallel_scan(A, u, delta, B, C, h):
-    """-> y without D u, like u; the state before each chunk (b, chunks, n, d); the last state."""
+    """-> y without D u, like u; for the gradient, the states before each chunk (b, chunks, n, d);
+    the last state.
+    """
     S = tf.cumsum(delta, 2)
     v = delta * u
     y = []
@@ -266,7 +272,8 @@ def selective_scan(
             shape = f"({', '.join(letters)}) = {shape}, with only the batch allowed to be 0"
             raise ValueError(f"{name} must have the shape {shape}, not {tuple(x.shape)}")
     *inputs, D = inputs
-    fast = fast_scan.python_function if tf.inside_function() else fast_scan  # section 9
+    # The parallel or the fused method, section 9.
+    fast = fast_scan.python_function if tf.inside_function() else fast_scan
     y, h = sequential_scan(*inputs) if method == "sequential" else fast(*inputs, method)
     y = tf.cast(y + D * inputs[0], u.dtype)
     return (y, h) if return_state else y
@@ -275,8 +282,8 @@ def selective_scan(
 # --------------------------------------------------------------------------- 3 The four blocks
 #
 # A block maps (b, l, w) to (b, l, w). The classifier pads on the right, where a causal block reads
-# padding after all tokens, so only attention, which reads in both directions, needs the mask.
-# Saved models find registered classes by their names.
+# padding after all tokens. So the mask is needed by attention, which reads in both directions, and
+# for a state that is carried on. Saved models find registered classes by their names.
 registered = keras.saving.register_keras_serializable("mamba_sentiment")
 normal = functools.partial(initializers.RandomNormal, stddev=1.0)
 # Uniform on ±1 / sqrt(fan_in), as in PyTorch and so in the official code.
@@ -311,7 +318,8 @@ class MambaBlock(layers.Layer):
     depth             layers of the model: out_proj starts divided by its square root
     selection         what depends on the token; the rest is the same for all, for `ablate`
 
-    `call` takes a mask (b, l), False at padding, on the left or the right, which is then skipped.
+    `call`, to be read first, takes a mask (b, l), False at padding, which is then skipped: on the
+    right or, without an initial state, on the left.
     """
 
     def __init__(self, state=16, kernel=4, expand=2, depth=1, selection="delta+B+C", **keywords):
@@ -337,8 +345,8 @@ class MambaBlock(layers.Layer):
         # -1, -2 ... -n in each channel (S4D-Real, section 3.6). log(expm1) inverts softplus.
         delta = np.exp(np.random.uniform(math.log(0.001), math.log(0.1), d))
         self.dt_bias = self.scan_weight("dt_bias", (d,), np.log(np.expm1(delta)))
-        A = np.tile(np.arange(1, n + 1), (d, 1))
-        self.A_log = self.scan_weight("A_log", (d, n), np.log(A))
+        rates = np.tile(np.arange(1, n + 1), (d, 1))  # -A
+        self.A_log = self.scan_weight("A_log", (d, n), np.log(rates))
         self.D = self.scan_weight("D", (d,), "ones")
         self.out_proj = self.add_weight((d, w), linear(scale=1 / 3 / depth), name="out_proj")
 
@@ -358,8 +366,8 @@ class MambaBlock(layers.Layer):
             self.constant = self.scan_weight("constant", self.selected.shape, normal())
 
     def convolve(self, x, real=1.0, earlier=None):
-        """Linear projection up and convolution: x (b, l, w) -> u, gate (b, l, d), and the inputs of
-        the convolution.
+        """Linear projection up, convolution, SiLU: x (b, l, w) -> u, gate (b, l, d), and the inputs
+        of the convolution (b, kernel - 1 + l, d).
 
         real (b, l, 1): 0 at padding. earlier (b, kernel - 1, d): the inputs before x; None: zeros.
         """
@@ -374,7 +382,7 @@ class MambaBlock(layers.Layer):
         return real * ops.silu(sum(taps) + self.conv_bias), gate, inputs
 
     def select(self, u):
-        """Selection (algorithm 2): the token itself, u (b, l, d), decides the step size, what
+        """Selection (algorithm 2): u (b, l, d), the token itself, decides the step size, what
         enters the state and what is read from it -> delta (b, l, d), B and C (b, l, n).
         """
         projected = ops.dot(tf.cast(u, "float32"), self.x_proj)  # (b, l, r + 2n)
@@ -384,11 +392,11 @@ class MambaBlock(layers.Layer):
         return ops.softplus(ops.dot(low_rank, self.dt_proj) + self.dt_bias), B, C
 
     def ssm(self, u, real, h):
-        """The selective scan of u: h (b, d, n) or None -> y (b, l, d), last h."""
+        """The box SSM of figure 3: u (b, l, d), h (b, d, n) or None -> y (b, l, d), last h."""
         delta, B, C = self.select(u)
         delta *= tf.cast(real, "float32")  # padding leaves the state as it is
         A = -tf.exp(self.A_log)
-        # "parallel" or "fused" (section 9), not "auto": the classifier shards the batch already.
+        # Not "auto", which would shard the batch over the cores; the classifier does that already.
         return selective_scan(
             u, delta, A, B, C, self.D, initial_state=h, return_state=True, method=fast_method()
         )
@@ -396,8 +404,8 @@ class MambaBlock(layers.Layer):
     def call(self, x, mask=None, initial_state=None, return_state=False):
         """x (b, l, w) -> (b, l, w) or, with `return_state`, that and the state after x.
 
-        The state, also that of `initial_state`, is a pair: the last inputs of the convolution
-        (b, kernel - 1, d) and h (b, d, n). So a sequence can be read piece by piece, exactly.
+        Both states are pairs: the last inputs of the convolution (b, kernel - 1, d) and h
+        (b, d, n). So a sequence can be read piece by piece, exactly.
         """
         earlier, h = initial_state or (None, None)
         if mask is None:
@@ -408,7 +416,7 @@ class MambaBlock(layers.Layer):
         y = ops.dot(y * ops.silu(gate), self.out_proj)
         if not return_state:
             return y
-        # The last kernel - 1 inputs up to the last token of a row; inputs[i + kernel - 1] is x[i].
+        # The kernel - 1 inputs up to the last token of a row; that of x[i] is inputs[i + kernel - 1].
         count = 1 + tf.range(ops.shape(x)[1])
         end = tf.reduce_max(count * tf.cast(mask, "int32"), 1)
         last = end[:, None] + tf.range(self.options["kernel"] - 1)
@@ -417,7 +425,7 @@ class MambaBlock(layers.Layer):
 
 @registered
 class SSMBlock(MambaBlock):
-    """The Mamba block without selection: delta, B and C are learned, the same for every token.
+    """The Mamba block without selection: delta (d,), B and C (d, n) are learned.
 
     This is a time-invariant diagonal SSM (the paper's algorithm 1): y is D u plus u convolved with
     the kernel sum_n C exp(t delta A) delta B (eq. 3). It is as long as the sequence, so the
@@ -429,17 +437,17 @@ class SSMBlock(MambaBlock):
         self.C = self.scan_weight("C", (d, n), normal())
 
     def ssm(self, u, real, h):
-        """The convolution; padding is 0 in u already, and there is no h -> y (b, l, d), None."""
+        """The convolution of u, which is 0 at masked padding; without h -> y (b, l, d), None."""
         length = ops.shape(u)[1]
         x = tf.linalg.matrix_transpose(tf.cast(u, "float32"))  # (b, d, l)
         delta = ops.softplus(self.dt_bias)[:, None]  # (d, 1)
         log_decay = -tf.exp(self.A_log) * delta  # of one step, (d, n)
         decay = tf.exp(log_decay[..., None] * tf.range(length, dtype="float32"))  # (d, n, l)
-        kernel = tf.einsum("dn,dnl->dl", self.C * self.B * delta, decay)
+        response = tf.einsum("dn,dnl->dl", self.C * self.B * delta, decay)  # the kernel of eq. 3
         # Zero-padded to twice the length, because the convolution of an FFT is circular.
         size = [2 * length]
         padded = tf.pad(x, ((0, 0), (0, 0), (0, length)))  # not by rfft: the batch may be empty
-        spectrum = tf.signal.rfft(padded) * tf.signal.rfft(kernel, size)
+        spectrum = tf.signal.rfft(padded) * tf.signal.rfft(response, size)
         y = tf.signal.irfft(spectrum, size)[..., :length] + self.D[:, None] * x  # (b, d, l)
         return tf.cast(tf.linalg.matrix_transpose(y), u.dtype), None
 
@@ -550,7 +558,7 @@ class TweetClassifier(keras.Model):
     def read(self, ids, state=None):
         """Read the next piece of a text (b, l) -> (logits of the text so far, state for the next).
 
-        Only Mamba's blocks carry a state: ValueError for the other models.
+        Only MambaBlock takes and returns a state: ValueError for the other models.
         """
         if self.block != "mamba":
             raise ValueError(f"only mamba reads a text in pieces, not {self.block}")
