@@ -43,7 +43,6 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import functools
 import hashlib
 import html
 import inspect
@@ -61,6 +60,7 @@ import timeit
 import unicodedata
 import urllib.request
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -162,9 +162,12 @@ PREPARATION = ("tokenizer", "max_length", "text_column", "label_column")  # for 
 #     parallel     pieces of the sequence, all at once; for a GPU
 #     fused        the steps of the reference in one compiled loop; for a CPU (section 9)
 METHODS = ("auto", "sequential", "parallel", "fused")
-# Compiles a function, with all that it calls, by XLA, TensorFlow's compiler.
-compiled = functools.partial(tf.function, jit_compile=True, autograph=False)
-sum_over = functools.partial(tf.reduce_sum, keepdims=True)  # the axis stays, with size 1
+# A function as a TensorFlow graph; compiled, with all that it calls, by XLA, TensorFlow's compiler.
+graph = partial(tf.function, autograph=False)
+compiled = partial(graph, jit_compile=True)
+sum_over = partial(tf.reduce_sum, keepdims=True)  # the axis stays, with size 1
+float32 = partial(tf.cast, dtype="float32")
+transpose = tf.linalg.matrix_transpose  # the last two axes
 
 
 def sequential_scan(u, delta, A, B, C, h):
@@ -219,10 +222,8 @@ def carry(total, h, local, A):
 
 
 @compiled
-def parallel_scan(A, u, delta, B, C, h):
-    """-> y without D u, like u; for the gradient, the states before each chunk (b, chunks, n, d);
-    the last state.
-    """
+def parallel_scan(A, h, u, delta, B, C):
+    """-> last h; y without D u, like u; the states before each chunk (b, chunks, n, d)."""
     S = tf.cumsum(delta, 2)
     v = delta * u
     y = []
@@ -234,7 +235,7 @@ def parallel_scan(A, u, delta, B, C, h):
     ends = carry(S[:, :, -1], h, local, A)  # (b, chunks + 1, n, d)
     carried = tf.exp(S * A) * ends[:, :-1, None]  # (b, chunks, k, n, d), which XLA fuses away
     y = tf.stack(y, 2) + sum_over(C * carried, 3)
-    return y, ends[:, :-1], ends[:, -1]
+    return ends[:, -1], y, ends[:, :-1]  # these states are for the gradient
 
 
 def selective_scan(
@@ -285,9 +286,9 @@ def selective_scan(
 # padding after all tokens. So the mask is needed by attention, which reads in both directions, and
 # for a state that is carried on. Saved models find registered classes by their names.
 registered = keras.saving.register_keras_serializable("mamba_sentiment")
-normal = functools.partial(initializers.RandomNormal, stddev=1.0)
+normal = partial(initializers.RandomNormal, stddev=1.0)
 # Uniform on ±1 / sqrt(fan_in), as in PyTorch and so in the official code.
-linear = functools.partial(initializers.VarianceScaling, scale=1 / 3, distribution="uniform")
+linear = partial(initializers.VarianceScaling, scale=1 / 3, distribution="uniform")
 
 
 @registered
@@ -338,12 +339,13 @@ class MambaBlock(layers.Layer):
         d = expand * w
         self.in_proj = self.add_weight((w, 2 * d), linear(), name="in_proj")
         self.conv_kernel = self.add_weight((kernel, d), linear(), name="conv_kernel")
-        bias_init = initializers.RandomUniform(-(kernel**-0.5), kernel**-0.5)
+        bound = kernel**-0.5
+        bias_init = initializers.RandomUniform(-bound, bound)
         self.conv_bias = self.add_weight((d,), bias_init, name="conv_bias")
         self.add_selection(w, d, n, selection)
         # As in the official code: softplus(dt_bias) is log-uniform on [0.001, 0.1], and A starts as
         # -1, -2 ... -n in each channel (S4D-Real, section 3.6). log(expm1) inverts softplus.
-        delta = np.exp(np.random.uniform(math.log(0.001), math.log(0.1), d))
+        delta = 10 ** np.random.uniform(-3, -1, d)
         self.dt_bias = self.scan_weight("dt_bias", (d,), np.log(np.expm1(delta)))
         rates = np.tile(np.arange(1, n + 1), (d, 1))  # -A
         self.A_log = self.scan_weight("A_log", (d, n), np.log(rates))
@@ -360,7 +362,7 @@ class MambaBlock(layers.Layer):
         self.sizes = [r, n, n]
         self.x_proj = self.scan_weight("x_proj", (d, r + 2 * n), linear())
         self.dt_proj = self.scan_weight("dt_proj", (r, d), linear())
-        selected = [name in selection.split("+") for name in ("delta", "B", "C")]
+        selected = [name in selection for name in ("delta", "B", "C")]
         self.selected = np.repeat(selected, self.sizes)
         if not all(selected):
             self.constant = self.scan_weight("constant", self.selected.shape, normal())
@@ -385,7 +387,7 @@ class MambaBlock(layers.Layer):
         """Selection (algorithm 2): u (b, l, d), the token itself, decides the step size, what
         enters the state and what is read from it -> delta (b, l, d), B and C (b, l, n).
         """
-        projected = ops.dot(tf.cast(u, "float32"), self.x_proj)  # (b, l, r + 2n)
+        projected = ops.dot(float32(u), self.x_proj)  # (b, l, r + 2n)
         if not self.selected.all():  # the ablation
             projected = tf.where(self.selected, projected, self.constant)
         low_rank, B, C = tf.split(projected, self.sizes, -1)
@@ -394,7 +396,7 @@ class MambaBlock(layers.Layer):
     def ssm(self, u, real, h):
         """The box SSM of figure 3: u (b, l, d), h (b, d, n) or None -> y (b, l, d), last h."""
         delta, B, C = self.select(u)
-        delta *= tf.cast(real, "float32")  # padding leaves the state as it is
+        delta *= float32(real)  # padding leaves the state as it is
         A = -tf.exp(self.A_log)
         # Not "auto", which would shard the batch over the cores; the classifier does that already.
         return selective_scan(
@@ -420,7 +422,7 @@ class MambaBlock(layers.Layer):
         count = 1 + tf.range(ops.shape(x)[1])
         end = tf.reduce_max(count * tf.cast(mask, "int32"), 1)
         last = end[:, None] + tf.range(self.options["kernel"] - 1)
-        return y, (tf.gather(inputs, last, axis=1, batch_dims=1), h)
+        return y, (tf.gather(inputs, last, batch_dims=1), h)
 
 
 @registered
@@ -439,17 +441,16 @@ class SSMBlock(MambaBlock):
     def ssm(self, u, real, h):
         """The convolution of u, which is 0 at masked padding; without h -> y (b, l, d), None."""
         length = ops.shape(u)[1]
-        x = tf.linalg.matrix_transpose(tf.cast(u, "float32"))  # (b, d, l)
+        x = transpose(float32(u))  # (b, d, l)
         delta = ops.softplus(self.dt_bias)[:, None]  # (d, 1)
         log_decay = -tf.exp(self.A_log) * delta  # of one step, (d, n)
-        decay = tf.exp(log_decay[..., None] * tf.range(length, dtype="float32"))  # (d, n, l)
+        decay = tf.exp(log_decay[..., None] * tf.range(0.0, length))  # (d, n, l)
         response = tf.einsum("dn,dnl->dl", self.C * self.B * delta, decay)  # the kernel of eq. 3
         # Zero-padded to twice the length, because the convolution of an FFT is circular.
-        size = [2 * length]
-        padded = tf.pad(x, ((0, 0), (0, 0), (0, length)))  # not by rfft: the batch may be empty
-        spectrum = tf.signal.rfft(padded) * tf.signal.rfft(response, size)
-        y = tf.signal.irfft(spectrum, size)[..., :length] + self.D[:, None] * x  # (b, d, l)
-        return tf.cast(tf.linalg.matrix_transpose(y), u.dtype), None
+        padded = tf.concat([x, tf.zeros_like(x)], -1)  # not by rfft: the batch may be empty
+        spectrum = tf.signal.rfft(padded) * tf.signal.rfft(response, [2 * length])
+        y = tf.signal.irfft(spectrum)[..., :length] + self.D[:, None] * x  # (b, d, l)
+        return tf.cast(transpose(y), u.dtype), None
 
     def call(self, x, mask=None):
         return super().call(x, mask)
@@ -472,7 +473,7 @@ class AttentionBlock(layers.MultiHeadAttention):
         """x (b, l, w), mask (b, l), False at padding -> (b, l, w)."""
         length, width = ops.shape(x)[1:]
         frequencies = 1e4 ** -tf.range(0.0, 1.0, 2 / width)
-        angles = tf.range(length, dtype="float32")[:, None] * frequencies
+        angles = tf.range(0.0, length)[:, None] * frequencies
         positions = tf.concat([tf.sin(angles), tf.cos(angles)], -1)[:, :width]  # (l, w)
         query = x + tf.cast(positions, x.dtype)
         return super().call(query, x, query, key_mask=mask)
@@ -504,7 +505,7 @@ class TweetClassifier(keras.Model):
     def __init__(self, block, config, **keywords):
         super().__init__(**keywords)
         self.block = block
-        self.config = config = Config(**config) if isinstance(config, dict) else config
+        self.config = config = Config(**config)
         self.embedding = layers.Embedding(config.vocab_size, config.width)
         self.blocks = [x for _ in range(config.depth) for x in layer_blocks(block, config)]
         self.norms = [layers.RMSNormalization() for _ in self.blocks]
@@ -527,31 +528,32 @@ class TweetClassifier(keras.Model):
         ids = tf.pad(ids, ((0, 0**batch), (0, 0)))
         if seed is None:
             seed = tf.random.uniform((2,), maxval=2**31, dtype="int64")
+        places = itertools.count()
 
-        def drop(x, i):
-            """Drop whole channels of a sequence; each i has a seed of its own."""
+        def drop(x):
+            """Drop whole channels of a sequence; each place in the model has a seed of its own."""
             rate = self.config.dropout if training else 0
             # Philox, as the default takes 20 times as long under XLA on a CPU.
             dropout = tf.nn.experimental.stateless_dropout
-            return dropout(x, rate, seed + [i << 40, 0], "philox", ops.shape(x[:, :1]))
+            return dropout(x, rate, seed + [next(places) << 40, 0], "philox", ops.shape(x[:, :1]))
 
         mask = ids != 0
-        x = drop(self.embedding(ids), 0)  # (b, l, w)
-        for i, (norm, block) in enumerate(zip(self.norms, self.blocks), 1):
+        x = drop(self.embedding(ids))  # (b, l, w)
+        for norm, block in zip(self.norms, self.blocks):
             masked = {"mask": mask} if isinstance(block, AttentionBlock) else {}
-            x += drop(block(norm(x), **masked), i)
-        return self.pool(drop(self.norm(x), len(self.blocks) + 1), mask)[0][:batch]
+            x += drop(block(norm(x), **masked))
+        return self.pool(drop(self.norm(x)), mask)[0][:batch]
 
     def pool(self, x, mask, pooled=0.0, count=0.0):
         """x (b, l, w) and what was pooled before -> logits, the sum of x over the tokens or x at
         the last of them (b, w), and the number summed (b, 1).
         """
-        real = tf.cast(mask, "float32")[:, :, None]
+        real = float32(mask)[:, :, None]
         if self.config.pooling == "last":
-            real *= tf.cast(tf.cumsum(real, 1, reverse=True) == 1, "float32")  # only the last
+            real *= float32(tf.cumsum(real, 1, reverse=True) == 1)  # only the last
             pooled *= 1 - tf.reduce_sum(real, 1)  # it replaces what was before
             count = 0.0
-        pooled += tf.reduce_sum(tf.cast(x, "float32") * real, 1)
+        pooled += tf.reduce_sum(float32(x) * real, 1)
         count += tf.reduce_sum(real, 1)
         return self.head(pooled / tf.maximum(count, 1)), pooled, count
 
@@ -567,13 +569,13 @@ class TweetClassifier(keras.Model):
         x = self.embedding(ids)
         last_states = []
         for norm, block, before in zip(self.norms, self.blocks, states):
-            y, after = block(norm(x), mask, initial_state=before, return_state=True)
+            y, after = block(norm(x), mask, before, return_state=True)
             x += y
             last_states.append(after)
         logits, *pooled = self.pool(self.norm(x), mask, *pooled)
         return logits, (last_states, *pooled)
 
-    @tf.function(autograph=False)
+    @graph
     def logits(self, ids):
         """Compiled inference, a shard of the batch on each core: (b, l) -> (b, classes)."""
         return tf.concat(in_shards(compiled(self), ids), 0)
@@ -581,7 +583,7 @@ class TweetClassifier(keras.Model):
 
 def build_model(name, config=None):
     """A new `TweetClassifier`; `name`: mamba, ssm, transformer or lstm."""
-    return TweetClassifier(name, config or Config(), name=name)
+    return TweetClassifier(name, vars(config or Config()), name=name)
 
 
 # ------------------------------------------------------------------------------------- 5 Data
@@ -913,7 +915,7 @@ def plan_batches(ids, batch_size, generator):
 
 def load_batches(plan, ids, labels):
     """The planned batches as a `tf.data.Dataset` of (rows, ids, labels), prepared ahead of time."""
-    signature = [tf.TensorSpec(None, dtype) for dtype in (tf.int64, tf.int32, tf.int32)]
+    signature = [tf.TensorSpec(None, dtype) for dtype in ("int64", "int32", "int32")]
     batches = ((rows, ids[rows, :length], labels[rows]) for rows, length in plan)
     data = tf.data.Dataset.from_generator(lambda: batches, output_signature=tuple(signature))
     return data.prefetch(4)
@@ -967,16 +969,15 @@ def training_step(model, optimizer):
 
     @compiled
     def gradients(rows, ids, labels):
-        real = tf.cast(rows >= 0, tf.float32)
+        real = float32(rows >= 0)
         seed = tf.stack([optimizer.iterations + 1, config.seed * 2**31 + rows[0]])  # of dropout
         with tf.GradientTape() as tape:
             logits = model(ids, training=True, seed=seed)
             losses = real * tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        sums = tf.reduce_sum([losses, real], 1)
-        return [sums, *tape.gradient(losses, model.trainable_variables)]
+        return [tf.reduce_sum([losses, real], 1), *tape.gradient(losses, model.trainable_variables)]
 
     def update(sums, *summed):
-        means = [tf.cast(x, tf.float32) / sums[1] for x in summed]
+        means = [float32(x) / sums[1] for x in summed]
         clipped, _ = tf.clip_by_global_norm(means, config.clip_norm)
         # Keras sums the gradients over the devices; here they are the same on each.
         optimizer.apply([x / devices for x in clipped])
@@ -991,7 +992,7 @@ def training_step(model, optimizer):
         apply(*sums)
         return sums[0]  # the same on each device
 
-    @tf.function(autograph=False)
+    @graph
     def step(rows, ids, labels):
         return strategy.experimental_local_results(strategy.run(on_device, (rows, ids, labels)))[0]
 
@@ -1227,7 +1228,7 @@ def bench(arguments):
     rows = []
 
     def time_call(name, batch, length, call):
-        ids = tf.random.uniform((batch, length), 1, Config.vocab_size, tf.int32)
+        ids = tf.random.uniform((batch, length), 1, Config.vocab_size, "int32")
         times = timeit.repeat(lambda: np.array(call(ids)), number=1, repeat=17)
         rows.append([name, length, batch, 1000 * np.median(times[2:])])  # two calls compile
 
@@ -1237,7 +1238,7 @@ def bench(arguments):
             for batch in sorted({1, 8192 // length or 1}):  # one, and enough for all cores
                 time_call(name, batch, length, model.logits)
         step = training_step(model, make_optimizer(model, 1000))
-        step = functools.partial(step, np.arange(256), labels=np.zeros(256, "int32"))
+        step = partial(step, np.arange(256), labels=np.zeros(256, "int32"))
         time_call(f"{name}, a training step", 256, 24, step)
     table = pd.DataFrame(rows, columns=["model", "length", "batch", "milliseconds"])
     title = f"medians of 15 calls, {machine()}"
@@ -1280,7 +1281,7 @@ def scan_steps(body, state, arrays, outputs, reverse=False, unroll=False):
 
 
 @compiled
-def fused_scan(A, u, delta, B, C, h):
+def fused_scan(A, *arrays):
     """One sequence after another, in it one chunk after another; else as `parallel_scan`."""
 
     def step(h, a, v, B, C):
@@ -1288,22 +1289,21 @@ def fused_scan(A, u, delta, B, C, h):
         return h, [sum_over(C * h, 0)]
 
     def chunk(h, u, delta, B, C):
-        a = tf.exp(delta * A)  # (k, n, d)
-        last, y = scan_steps(step, h, (a, delta * u, B, C), 1)
+        last, y = scan_steps(step, h, (tf.exp(delta * A), delta * u, B, C), 1)
         return last, [y, h]
 
-    def sequence(_, u, delta, B, C, h):
-        last, y, starts = scan_steps(chunk, h, (u, delta, B, C), 2)
-        return 0, [y, starts, last]
+    def sequence(_, h, *chunks):
+        return 0, scan_steps(chunk, h, chunks, 2)  # last h, y, starts
 
-    return scan_steps(sequence, 0, (u, delta, B, C, h), 3)[1:]
+    return scan_steps(sequence, 0, arrays, 3)[1:]
 
 
-def chunk_gradient(A, u, delta, B, C, h, dy, g, unroll=False):
-    """The gradient of a chunk, time first; h is the state before it, g the gradient after it.
+def chunk_gradient(A, state, u, delta, B, C, h, dy, unroll=False):
+    """The gradient of a chunk, time first; h is the state before it. A body of `scan_steps`, whose
+    state is the gradient of A, summed over the chunks after this one, and g, that of h after it.
 
-    -> g before it, and the gradients of A (to be summed over chunks), u, delta, B, C. With
-    p[t] = a[t] h[t-1], what is left of the state before t, and g[t] the gradient of h[t]:
+    -> state, and the gradients of u, delta, B, C. With p[t] = a[t] h[t-1], what is left of the
+    state before t, and g[t] the gradient of h[t]:
 
         g[t]      = C[t] dy[t] + a[t+1] g[t+1]                   backwards, from that of the last h
         dA        = sum_t g[t] p[t] delta[t]
@@ -1326,6 +1326,7 @@ def chunk_gradient(A, u, delta, B, C, h, dy, g, unroll=False):
             return sum_over(x * y, -1)
         return tf.matmul(x, y, transpose_b=True)
 
+    dA, g = state
     a, v = tf.exp(delta * A), delta * u
     _, p = scan_steps(forward, h, (a, v, B), 1, unroll=unroll)
     g_before, g = scan_steps(backward, g, (a, C, dy), 1, reverse=True, unroll=unroll)
@@ -1333,28 +1334,25 @@ def chunk_gradient(A, u, delta, B, C, h, dy, g, unroll=False):
     ddelta = u * gB + sum_over(g * p * A, -2)
     dB = over_channels(g, v)
     dC = over_channels(p, dy) + B * sum_over(v * dy, -1)  # h = p + v B
-    return g_before, tf.reduce_sum(g * p * delta, 0), delta * gB, ddelta, dB, dC
+    return (dA + tf.reduce_sum(g * p * delta, 0), g_before), [delta * gB, ddelta, dB, dC]
 
 
 @compiled
-def fused_gradient(A, u, delta, B, C, h, starts, dy, dlast):
-    """The gradients of A (1, n, d; parallel: b; to be summed), u, delta, B, C, h = starts[:, 0]."""
+def fused_gradient(A, h, *arrays):
+    """The gradients of A (1, n, d; parallel: b; to be summed), h = starts[:, 0], u, delta, B, C."""
+    chunk = partial(chunk_gradient, A)
 
-    def chunk(state, *arrays):
-        dA, g = state
-        g, dA_chunk, *gradients = chunk_gradient(A, *arrays, g)
-        return (dA + dA_chunk, g), gradients
+    def sequence(dA, *chunks):
+        *chunks, g = chunks  # g: dlast
+        (dA, g), *gradients = scan_steps(chunk, (dA, g), chunks, 4, reverse=True)
+        return dA, [g, *gradients]
 
-    def sequence(dA, g, *arrays):
-        (dA, g), *gradients = scan_steps(chunk, (dA, g), arrays, 4, reverse=True)
-        return dA, [*gradients, g]
-
-    dA, *gradients = scan_steps(sequence, tf.zeros_like(A), (dlast, u, delta, B, C, starts, dy), 5)
+    dA, *gradients = scan_steps(sequence, tf.zeros_like(A), arrays, 5)
     return dA[None], *gradients
 
 
 @compiled
-def parallel_gradient(A, u, delta, B, C, h, starts, dy, dlast):
+def parallel_gradient(A, h, u, delta, B, C, starts, dy, dlast):
     """All chunks at once, with all states in memory; arguments and results of `fused_gradient`."""
     # g[i], the gradient of the state before chunk i, comes through y and the state after it:
     # g[i] = sum_t C[t] dy[t] exp(A S[t]) + exp(A S[-1]) g[i+1]. So `carry`, from the end.
@@ -1362,8 +1360,8 @@ def parallel_gradient(A, u, delta, B, C, h, starts, dy, dlast):
     local = tf.reduce_sum(C * tf.exp(S * A) * dy, 2)
     g = carry(S[:, ::-1, -1], dlast, local[:, ::-1], A)[:, ::-1]
     *arrays, dy = (ops.moveaxis(x, 2, 0) for x in (u, delta, B, C, dy))  # time first
-    _, dA, *gradients = chunk_gradient(A, *arrays, starts, dy, g[:, 1:], unroll=True)
-    return tf.reduce_sum(dA, 1), *(ops.moveaxis(x, 0, 2) for x in gradients), g[:, 0]
+    (dA, _), gradients = chunk_gradient(A, (0.0, g[:, 1:]), *arrays, starts, dy, unroll=True)
+    return tf.reduce_sum(dA, 1), g[:, 0], *(ops.moveaxis(x, 0, 2) for x in gradients)
 
 
 def fast_method():
@@ -1382,7 +1380,7 @@ def in_shards(function, *arrays, shard=True):
     return [function(*(x[i:j] for x in arrays)) for i, j in itertools.pairwise(cuts)]
 
 
-@tf.function(autograph=False)
+@graph
 def fast_scan(u, delta, A, B, C, h, method):
     """A fast method with its layout and its gradient; same arrays as `sequential_scan`.
 
@@ -1404,7 +1402,7 @@ def fast_scan(u, delta, A, B, C, h, method):
     def on_shards(function, *arrays):
         # Without `tf.stop_gradient` TensorFlow would prepare to differentiate the loops itself.
         A, *arrays = map(tf.stop_gradient, arrays)
-        shards = in_shards(functools.partial(function, A), *arrays, shard=method == "auto")
+        shards = in_shards(partial(function, A), *arrays, shard=method == "auto")
         return [tf.stop_gradient(tf.concat(parts, 0)) for parts in zip(*shards)]
 
     def refuse(*_):
@@ -1417,13 +1415,13 @@ def fast_scan(u, delta, A, B, C, h, method):
 
     @tf.custom_gradient
     def scan(*arrays):
-        y, starts, last = on_shards(forward, *arrays)
+        last, y, starts = on_shards(forward, *arrays)
         return (y, last), lambda dy, dlast: gradient(*arrays, starts, dy, dlast)
 
-    h = tf.pad(tf.linalg.matrix_transpose(h), ((0, spare), (0, 0), (0, 0)))
-    y, h = scan(tf.transpose(A), cut(u, 3), cut(delta, 3), cut(B, 4), cut(C, 4), h)
+    h = tf.pad(transpose(h), ((0, spare), (0, 0), (0, 0)))
+    y, h = scan(transpose(A), h, cut(u, 3), cut(delta, 3), cut(B, 4), cut(C, 4))
     y = tf.reshape(y, (batch + spare, -1, channels))
-    return y[:batch, :length], tf.linalg.matrix_transpose(h)[:batch]
+    return y[:batch, :length], transpose(h)[:batch]
 
 
 # ------------------------------------------------------------------------------ 10 Command line

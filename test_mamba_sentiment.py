@@ -904,7 +904,7 @@ def test_ablate_trains_each_selection_once(monkeypatch, capsys):
 
 
 def test_bench_writes_a_table_and_a_figure(monkeypatch):
-    monkeypatch.setattr(ms, "build_model", lambda x: ms.TweetClassifier(x, ms.Config(width=8)))
+    monkeypatch.setattr(ms, "build_model", lambda x: ms.TweetClassifier(x, {"width": 8}))
     monkeypatch.setattr(ms, "training_step", lambda *_: lambda rows, ids, labels: tf.ones(2))
     assert main("bench --models lstm --lengths 16 900") == 0
     rows = pd.read_csv("runs/bench/latency.csv")
