@@ -667,6 +667,11 @@ def atomic_write(path, write, *arguments, **options):
             temporary.replace(path)
 
 
+def write_csv(path, table):
+    """A DataFrame as CSV, atomically; texts are quoted, or a lone carriage return would not be."""
+    atomic_write(path, table.to_csv, index=False, quoting=csv.QUOTE_NONNUMERIC)
+
+
 def clean_tweet(text):
     """A tweet in lower case with nothing but letters and single spaces.
 
@@ -865,14 +870,13 @@ def preprocess(arguments):
     (folder / "meta.json").unlink(missing_ok=True)  # until all is written
     if data != "induction":
         tokenizer.save_pretrained(folder / "tokenizer")
-        atomic_write(folder / "test.csv", tweets["test"].to_csv, index=False)
+        write_csv(folder / "test.csv", tweets["test"])
         meta["vocabulary"] = sha256(folder / "tokenizer/tokenizer.json")
         meta["sha256"] = sha256(source)
         if data in DOWNLOADS and meta["sha256"] not in DOWNLOADS[data]:
             say(f"data: used {source}, whose sha256 is not that of the published file")
     for split, (ids, numbers) in splits.items():
-        table = pd.DataFrame(ids).assign(label=numbers)
-        atomic_write(folder / f"{split}_tokenized.csv", table.to_csv, index=False)
+        write_csv(folder / f"{split}_tokenized.csv", pd.DataFrame(ids).assign(label=numbers))
     config.classes = len(labels)
     meta["labels"] = labels
     meta["settings"] = {x: getattr(config, x) for x in (*PREPARATION, "vocab_size", "classes")}
@@ -915,8 +919,7 @@ def load_batches(plan, ids, labels):
     """The planned batches as a `tf.data.Dataset` of (rows, ids, labels), prepared ahead of time."""
     signature = tuple(tf.TensorSpec(None, dtype) for dtype in ("int64", "int32", "int32"))
     batches = ((rows, ids[rows, :length], labels[rows]) for rows, length in plan)
-    data = tf.data.Dataset.from_generator(lambda: batches, output_signature=signature)
-    return data.prefetch(4)
+    return tf.data.Dataset.from_generator(lambda: batches, output_signature=signature).prefetch(4)
 
 
 # --------------------------------------------------------------------------------- 6 Training
@@ -1092,7 +1095,7 @@ def train_model(name, config, meta, splits, run, restart):
     metrics |= {"train_sequences": len(ids), "parameters": model.count_params()}
     history = pd.DataFrame(history)
     metrics |= {"train_seconds": seconds, "validation": history.val_accuracy.max()}
-    atomic_write(run / "history.csv", history.to_csv, index=False)
+    write_csv(run / "history.csv", history)
     atomic_write(run / "model.keras", model.save)
     atomic_write(run / "metrics.json", pd.Series(identity | metrics).to_json, indent=1)
     return metrics
@@ -1173,7 +1176,7 @@ def evaluate(arguments):
             right = [predict_logits(model, ids).argmax(1) == numbers for model in models.values()]
             table[length] = np.mean(right, 1)
         say_table("accuracy on induction heads by length", table)
-        return atomic_write(run / "lengths.csv", table.to_csv, index=False)
+        return write_csv(run / "lengths.csv", table)
     require(not arguments.lengths, "--lengths is for --data induction")
     require(arguments.test or not arguments.settings, "the columns are those of --test")
     path = arguments.test or data / "test.csv"
@@ -1194,7 +1197,7 @@ def evaluate(arguments):
         differ = table[table[names].nunique(axis=1) > 1]
         examples = differ[["label", *names]].assign(text=differ.text.str[:60].map(one_line))
         say_table(f"they disagree on {len(differ):,} of {len(table):,} tweets", examples[:12])
-    atomic_write(run / "predictions.csv", table.to_csv, index=False, quoting=csv.QUOTE_NONNUMERIC)
+    write_csv(run / "predictions.csv", table)
 
 
 def predict(arguments):
@@ -1216,7 +1219,7 @@ def ablate(arguments):
     asked = arguments.settings.get("selection")
     models = [(f"ablate/{x}", "mamba", {"selection": x}) for x in SELECTIONS if asked in (x, None)]
     run, table = train(arguments, models)
-    atomic_write(run / "ablate/ablate.csv", table.to_csv, index=False)
+    write_csv(run / "ablate/ablate.csv", table)
     axes = table.plot(x="model", y=["low", "accuracy", "high"], style="o", grid=True, rot=15)
     atomic_write(run / "ablate/ablate.png", axes.figure.savefig)
 
@@ -1241,7 +1244,7 @@ def bench(arguments):
     table = pd.DataFrame(rows, columns=["model", "length", "batch", "milliseconds"])
     title = f"medians of 15 calls, {machine()}"
     say_table(title, table)
-    atomic_write(arguments.run_dir / "bench/latency.csv", table.to_csv, index=False)
+    write_csv(arguments.run_dir / "bench/latency.csv", table)
     chart = table[table.batch == 1].pivot_table("milliseconds", "length", "model")
     axes = chart.plot(title=title, ylabel="milliseconds", loglog=True, marker="o", grid=True)
     atomic_write(arguments.run_dir / "bench/latency.png", axes.figure.savefig)
