@@ -265,14 +265,7 @@ def selective_scan(
     h = tf.zeros((ops.shape(u)[0], *A.shape)) if initial_state is None else initial_state
     dtype = "float64" if u.dtype == "float64" else "float32"
     inputs = [tf.cast(x, dtype) for x in (u, delta, A, B, C, h, D)]
-    names = "u bld", "delta bld", "A dn", "B bln", "C bln", "initial_state bdn", "D d"
-    sizes = dict(zip("dn", A.shape)) | dict(zip("bld", u.shape))
-    for x, name in zip(inputs, names):
-        name, letters = name.split()  # the letters of the shape
-        shape = tuple(map(sizes.get, letters))
-        if not x.shape.is_compatible_with(shape) or 0 in shape[1:]:
-            shape = f"({', '.join(letters)}) = {shape}, with only the batch allowed to be 0"
-            raise ValueError(f"{name} must have the shape {shape}, not {tuple(x.shape)}")
+    check_shapes(inputs)
     *inputs, D = inputs
     # The parallel or the fused method, section 9.
     fast = fast_scan.python_function if tf.inside_function() else fast_scan
@@ -1252,13 +1245,25 @@ def bench(arguments):
 
 # ----------------------------------------------------------------- 9 Everything else is speed
 #
-# Optional reading: what makes the scan fast on a CPU, its gradients, and the use of all cores.
+# Optional reading: a check of shapes, a fast scan for a CPU, gradients, and the use of all cores.
 #
 # The reference is slow because of what it moves, not what it computes: the states, n times the
 # data of u, go through memory at each step, and again for the gradient. Here a sequence is cut into
 # chunks of at most 16 steps, whose states stay in the cache; only y leaves it. The gradient
 # computes the states again from the state before each chunk, which is stored (the paper's section
 # 3.3.2).
+
+
+def check_shapes(inputs):
+    """ValueError that names the one of these inputs of `selective_scan` whose shape is wrong."""
+    names = "u bld", "delta bld", "A dn", "B bln", "C bln", "initial_state bdn", "D d"
+    sizes = dict(zip("dn", inputs[2].shape)) | dict(zip("bld", inputs[0].shape))
+    for x, name in zip(inputs, names):
+        name, letters = name.split()  # the letters of the shape
+        shape = tuple(map(sizes.get, letters))
+        if not x.shape.is_compatible_with(shape) or 0 in shape[1:]:
+            shape = f"({', '.join(letters)}) = {shape}, with only the batch allowed to be 0"
+            raise ValueError(f"{name} must have the shape {shape}, not {tuple(x.shape)}")
 
 
 def scan_steps(body, state, arrays, outputs, reverse=False, unroll=False):
