@@ -741,7 +741,8 @@ def read_table(path, text_column="text", label_column="label"):
         label = table[label_column].str.strip().str.lower()
         table = table.drop(columns="", errors="ignore").assign(text=table[text_column], label=label)
         broken = table.index[table.isna().any(axis=1) | (label == "")] + 1
-        require(broken.empty, f"cut short, or without a right label: row {list(broken[:9])}")
+        rows = f"row {list(broken[:9])}, blank lines not counted"
+        require(broken.empty, f"cut short, or without a right label: {rows}")
         return table
 
 
