@@ -4,7 +4,7 @@
 #     results/reproduce.sh SECTION ...        in the environment that README.md sets up
 #
 # Sections, with about how long they take on 2 cores: search (1 h), main (4 h), size (1 h),
-# selection (1 h), induction (3 h), crowdflower (30 min), fasttext (3 min), state (10 min),
+# selection (1 h), induction (3 h), crowdflower (30 min), fasttext (3 min), state (15 min),
 # selected (1 min), bench (2 min), peers (15 min). What is trained is not trained again.
 #
 # data/ must hold training.1600000.processed.noemoticon.csv (or .xz; downloaded if missing),
