@@ -721,11 +721,11 @@ def read_table(path, text_column="text", label_column="label"):
         # What is not UTF-8 is decoded as "\udc80" to "\udcff", and these as "\x80" to "\xff".
         text = content.decode(json.detect_encoding(content), "surrogateescape")
         escaped = re.compile("[\udc80-\udcff]")
-        before, *places = escaped.split(text)
-        if places:
-            line = before.count("\n") + 1
-            say(f"data: {path}: latin-1 in {len(places):,} places, first in line {line}")
-            text = escaped.sub(lambda byte: chr(ord(byte[0]) - 0xDC00), text)
+        first = escaped.search(text)
+        if first:
+            line = text.count("\n", 0, first.start()) + 1
+            text, places = escaped.subn(lambda byte: chr(ord(byte[0]) - 0xDC00), text)
+            say(f"data: {path}: latin-1 in {places:,} places, first in line {line}")
         file = io.StringIO(text, newline="")
         # This engine tells a missing field from an empty one.
         table = pd.read_csv(file, header=None, dtype=str, keep_default_na=False, engine="python")
